@@ -1,0 +1,152 @@
+"""The commands: each parses its arguments, calls the function of the same name, and ends with the error's exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from shearling import api
+from shearling.errors import ConfigError, Problem, ShearlingError
+from shearling.progress import Terminal
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    help="Shear a pretrained language model to exactly the shape you can serve.\n\n"
+    "A recipe (YAML) names the source, the target shape, the text by domain, and the two stages of training. "
+    "Start with [bold]shearling plan SOURCE --target ...[/bold], which computes nothing, then "
+    "[bold]shearling run RECIPE.yaml --out DIR[/bold]. The same command goes on after any interruption.\n\n"
+    "Exit codes: 0 done · 1 a bug · 2 recipe or shape wrong · 3 model or text wrong · 4 numbers went wrong · 5 output exists or in "
+    "use · 6 storage failed · 75 stopped by a signal, run the same command to go on.",
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The run directory; made if it is not there.", show_default=False)]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe, as in train.steps=100.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def run(recipe: RecipePath, out: Out, overrides: Set = None) -> None:
+    """The whole of it: prepare, prune, cut, verify, continue pretraining, evaluate, report. Run again, it goes on."""
+    _finish(api.run(recipe, out, overrides=overrides or (), show=Terminal()), out)
+
+
+@app.command()
+def prepare(recipe: RecipePath, out: Out, overrides: Set = None) -> None:
+    """Text by domain to token shards in DIR/data."""
+    report = api.prepare(recipe, out, overrides=overrides or (), show=Terminal())
+    for domain, facts in report["data"]["domains"].items():
+        typer.echo(f"{domain}: {facts['train_sequences']:,} training and {facts['heldout_sequences']:,} held-out sequences")
+
+
+@app.command()
+def prune(recipe: RecipePath, out: Out, overrides: Set = None) -> None:
+    """The run up to the cut and verified model in DIR/pruned."""
+    _finish(api.prune(recipe, out, overrides=overrides or (), show=Terminal()), out)
+
+
+@app.command()
+def train(recipe: RecipePath, out: Out, overrides: Set = None) -> None:
+    """The run up to the trained model in DIR/model; stages that are done are kept."""
+    _finish(api.train(recipe, out, overrides=overrides or (), show=Terminal()), out)
+
+
+@app.command()
+def plan(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A Hugging Face directory, hub id, GGUF file or config.json.")],
+    target: Annotated[str, typer.Option(metavar="FIELD=SIZE,...", help="The shape asked for, by config field.")] = "",
+    recipe: Annotated[Path | None, typer.Option(metavar="RECIPE.yaml", help="Take target, tokens and memory from a recipe.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a target means before any compute: feasible or why not, parameters, what is pruned, tokens and memory."""
+    from shearling.planning import describe_text
+
+    found = api.plan(source, _sizes(target) if target else None, recipe=recipe)
+    typer.echo(json.dumps(found, indent=1) if as_json else describe_text(found))
+    if not found["feasible"]:
+        raise typer.Exit(2)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, hub id or GGUF file.")],
+    data: Annotated[Path, typer.Option(metavar="DIR", help="What prepare made, or a run directory.")],
+    batch_size: Annotated[int, typer.Option(help="Sequences of one forward pass.", min=1)] = 8,
+    speed: Annotated[bool, typer.Option(help="Measure tokens/s, too.")] = True,
+    precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Held-out loss by domain, and speed, of any model."""
+    found = api.evaluate(model, data, batch_size=batch_size, speed=speed, precision=precision, device=device)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    typer.echo(f"{found['name']}: {found['parameters']:,} parameters")
+    for domain, loss in found["loss"].items():
+        typer.echo(f"  {domain:20s} {loss:.4f} nats/token")
+    for kind, rate in found.get("speed", {}).items():
+        typer.echo(f"  {kind:20s} {rate:,.1f} tokens/s")
+
+
+@app.command()
+def report(out: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, finished or not.")]) -> None:
+    """Write report.json and report.html of a run directory again."""
+    _finish(api.report(out), out)
+
+
+@app.command()
+def reference(
+    points: Annotated[Path, typer.Argument(metavar="POINTS.csv", help="Columns domain, parameters, loss; three sizes or more.")],
+    parameters: Annotated[float, typer.Option(help="Parameters of the model whose losses are asked for.")],
+    as_json: AsJson = False,
+) -> None:
+    """Reference losses by domain from a model family's: the power law of the paper, fitted per domain."""
+    found = api.reference(points, parameters)
+    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(f"{domain}: {loss:.4f}" for domain, loss in found.items()))
+
+
+def main() -> None:
+    """Entry point; turns every error of ours into its message and exit code, and a closed pipe into silence."""
+    try:
+        app()
+    except ShearlingError as error:
+        console = Console(stderr=True)
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _finish(report: dict[str, Any], out: Path) -> None:
+    from shearling.report import summary_table
+
+    console = Console()
+    console.print(summary_table(report))
+    for name in ("model", "pruned", "plan.json", "report.html", "report.json", "metrics.jsonl"):
+        if (out / name).exists():
+            console.print(f"{name + ':':14s}{escape(str(out / name))}", highlight=False, soft_wrap=True)
+
+
+def _sizes(text: str) -> dict[str, Any]:
+    """`hidden_size=432,num_hidden_layers=24` as a mapping; whatever is no number is left for the schema to refuse."""
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        field, equals, size = part.strip().partition("=")
+        if not equals:
+            raise ConfigError("--target cannot be read", [Problem("--target", repr(part), "Write FIELD=SIZE,FIELD=SIZE,...")])
+        sizes[field.strip()] = int(size) if size.strip().isdecimal() else size.strip()
+    return sizes

@@ -1,0 +1,179 @@
+"""Write a Hugging Face directory that is known to load: staged, reloaded by plain transformers, compared, then renamed into place."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shearling.arch.families import anatomy_of
+from shearling.errors import NumericsError, OutputError
+from shearling.io.files import (
+    check_writable,
+    publish_directory,
+    remove_tree,
+    replace_directory,
+    stage_directory,
+    storage_errors,
+    sweep_temporary,
+    write_atomic,
+)
+from shearling.io.loading import NOT_OURS, load_stock
+from shearling.io.tensors import ShardWriter
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+TOLERANCE = {"float64": 1e-8, "float32": 1e-4}
+"""Largest difference of a logit, relative to the range of the logits, between the model in memory and the one reloaded."""
+TOLERANCE_ELSE = 2e-2
+SHARD_BYTES = 5 * 10**9
+
+
+def refuse_existing(final: Path, replace: bool = False) -> None:
+    """Raise `OutputError` where `final` exists and is not to be replaced."""
+    if not replace and (final.exists() or final.is_symlink()):
+        raise OutputError(f"{final}: exists already; choose another output, or ask to overwrite it")
+
+
+@contextlib.contextmanager
+def staging(final: Path, replace: bool = False, needed: int = 0) -> Iterator[Path]:
+    """An empty directory to fill; on success it gets the name `final` in one rename, on any error it is removed.
+
+    Before any work: `OutputError` where `final` exists (unless `replace`), `StorageError` where it cannot be written or fewer
+    than `needed` bytes are free.
+    """
+    refuse_existing(final, replace)
+    check_writable(final, needed)
+    sweep_temporary(final.parent, final.name)
+    staged = stage_directory(final)
+    try:
+        yield staged
+        (replace_directory if replace else publish_directory)(staged, final)
+    except BaseException:
+        if staged.exists():
+            remove_tree(staged)
+        raise
+
+
+def stage_model(staged: Path, config: Mapping[str, Any], companions: Callable[[Path], None], dtype: torch.dtype) -> None:
+    """Write config.json and what `companions` writes (tokenizer, chat template, generation config) to a directory.
+
+    `config`: the plain values of a config.json, with the sizes of the model being written. `architectures`, `dtype` and
+    `transformers_version` are filled in; what held for the source alone (quantisation, custom code) is left out.
+    """
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    anatomy_of(config)
+    values = {key: value for key, value in config.items() if key not in (*NOT_OURS, "torch_dtype")}
+    values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
+    values["dtype"] = str(dtype).removeprefix("torch.")
+    values["transformers_version"] = transformers.__version__
+    companions(staged)
+    write_atomic(staged / "config.json", json.dumps(values, indent=2, sort_keys=True) + "\n")
+
+
+def check_reload(directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a directory as any user will, with plain transformers, and return the model (eval mode, CPU).
+
+    Raises `ArtifactError` where a weight is missing, unexpected, of another shape, not finite, or not tied as the config says.
+    """
+    return load_stock(directory, dtype, str(directory))
+
+
+def publish_model(
+    write: Callable[[ShardWriter], None],
+    config: Mapping[str, Any],
+    companions: Callable[[Path], None],
+    final: Path,
+    dtype: torch.dtype,
+    verify: Callable[[PreTrainedModel], None],
+    replace: bool = False,
+) -> Path:
+    """Write a model directory tensor by tensor, reload it with plain transformers, `verify` that model, then publish it.
+
+    `write` adds every tensor, in `dtype`, under its full name. Whatever raises on the way, nothing is published.
+    """
+    needed = anatomy_of(config).parameters() * dtype.itemsize
+    with staging(final, replace, needed) as staged:
+        with ShardWriter(staged, SHARD_BYTES) as writer:
+            write(writer)
+        with storage_errors(final, needed):
+            stage_model(staged, config, companions, dtype)
+        verify(check_reload(staged, dtype))
+    return final
+
+
+def save_model(
+    model: PreTrainedModel,
+    config: Mapping[str, Any],
+    companions: Callable[[Path], None],
+    final: Path,
+    dtype: torch.dtype,
+    sample_ids: Tensor,
+    replace: bool = False,
+) -> Path:
+    """Publish a model that is in memory, cast to `dtype`; a tied `lm_head` is not written.
+
+    `sample_ids`: token ids [batch, position] on which the logits of model and reloaded model are compared. Raises
+    `NumericsError`, with nothing published, where a weight or the logits differ. Memory: the model, one shard, the reloaded
+    model, and unless the model is in `dtype` already a cast copy of it.
+    """
+    names = anatomy_of(config).tensors()
+
+    def write(writer: ShardWriter) -> None:
+        state = model.state_dict()
+        for name in names:
+            writer.add(name, state[name].detach().to(dtype))
+
+    def verify(reloaded: PreTrainedModel) -> None:
+        _compare_weights(model, reloaded, dtype)
+        compare_logits(_logits(model, sample_ids, dtype), _logits(reloaded.to(sample_ids.device), sample_ids, dtype), dtype)
+
+    return publish_model(write, config, companions, final, dtype, verify, replace)
+
+
+def compare_logits(expected: Tensor, found: Tensor, dtype: torch.dtype) -> float:
+    """Largest difference relative to the range of `expected` (both [batch, position, vocab]); `NumericsError` beyond tolerance."""
+    expected, found = expected.double(), found.to(expected.device).double()
+    spread = float(expected.max() - expected.min())
+    difference = float((expected - found).abs().max()) / (spread or 1.0)
+    tolerance = TOLERANCE.get(str(dtype).removeprefix("torch."), TOLERANCE_ELSE)
+    if not difference <= tolerance:  # so that NaN does not pass
+        raise NumericsError(
+            f"logits of the model and of what was written differ by {difference:.3g} of their range, where {tolerance:g} is allowed;"
+            " nothing was published. This is a bug unless the weights are not finite"
+        )
+    return difference
+
+
+def _compare_weights(model: PreTrainedModel, reloaded: PreTrainedModel, dtype: torch.dtype) -> None:
+    import torch
+
+    found = reloaded.state_dict()
+    for name, value in model.state_dict().items():
+        if name not in found or not torch.equal(value.detach().to(dtype).cpu(), found[name].cpu()):
+            raise NumericsError(f"weight {name} differs between the model and what was written; nothing was published. This is a bug")
+
+
+def _logits(model: PreTrainedModel, sample_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Logits of the model cast to `dtype`, which itself stays as it is."""
+    import torch
+
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            if model.dtype == dtype:
+                logits: Tensor = model(input_ids=sample_ids, use_cache=False).logits
+            else:  # parameters only: loading, too, keeps buffers (the rotary frequencies) in fp32
+                cast = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
+                logits = torch.func.functional_call(model, cast, (sample_ids,), {"use_cache": False}).logits
+    finally:
+        model.train(training)
+    return logits

@@ -1,0 +1,56 @@
+"""Lagrangian constraints that drive every vector of gates to its target (Sheared LLaMA section 2.1; Wang et al. 2020).
+
+For a vector of N gates with target T, s = 1 - (expected open) / N is its expected sparsity and t(k) the scheduled one, a linear
+ramp from 0 to 1 - T/N. The loss sums over axes, with the mean over an axis' vectors,
+
+    lambda_1 * (s - t) + lambda_2 * (s - t)^2
+
+which weights and gates minimise and multipliers maximise. The multipliers are one pair for every vector, so that a layer that
+lags is pushed by itself (the original shares one pair among the layers of an axis).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shearling.prune.gates import LIMIT, Gates, expected_open
+
+_BISECTIONS = 40
+"""Halvings of the interval of the shift: beyond fp32's 24 bits, with room for intervals that begin wide."""
+
+
+def scheduled_sizes(gates: Gates, progress: float) -> dict[str, float]:
+    """{axis: units every vector should have} at `progress` in [0, 1] along the ramp from the source to the target."""
+    return {axis: spec.shape[-1] - (spec.shape[-1] - spec.target) * progress for axis, spec in gates.specs.items()}
+
+
+def lagrangian(gates: Gates, progress: float) -> Tensor:
+    """The constraint loss, a scalar; its gradient on the multipliers is what they ascend."""
+    total = next(iter(gates.log_alpha.values())).new_zeros(())
+    sizes, scheduled = gates.expected_sizes(), scheduled_sizes(gates, progress)
+    for axis, spec in gates.specs.items():
+        excess = (scheduled[axis] - sizes[axis]) / spec.shape[-1]
+        total = total + (gates.lambda_1[axis] * excess + gates.lambda_2[axis] * excess.square()).mean()
+    return total
+
+
+def project(log_alpha: Tensor, wanted: float, temperature: float) -> Tensor:
+    """Shift every vector (last dimension) so that its expected count is `wanted`, after division by `temperature`.
+
+    Returns logits in [-LIMIT, LIMIT], of the shape of `log_alpha`. The expected count falls with the shift, so bisection finds it.
+    The gradient passes to `log_alpha` as if the shift were given and nothing were clipped: a gate at the limit can come back.
+    """
+    with torch.no_grad():
+        reach = float(log_alpha.abs().max()) + (LIMIT + 1.0) * temperature
+        low, high = (torch.full_like(log_alpha[..., :1], side) for side in (-reach, reach))
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            too_many = _shifted(log_alpha, middle, temperature).sum(-1, keepdim=True) > wanted
+            low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
+    scaled = (log_alpha - (low + high) / 2) / temperature
+    return scaled + (scaled.clamp(-LIMIT, LIMIT) - scaled).detach()
+
+
+def _shifted(log_alpha: Tensor, shift: Tensor, temperature: float) -> Tensor:
+    return expected_open(((log_alpha - shift) / temperature).clamp(-LIMIT, LIMIT))

@@ -1,0 +1,120 @@
+"""Hard-concrete gates over the axes of a model (Louizos et al. 2018, arXiv 1712.01312; Sheared LLaMA section 2.1).
+
+A gate z in [0, 1] is s = sigmoid((noise * logit(u) + log_alpha) / beta) stretched to (gamma, zeta) and clipped, with u uniform on
+(0, 1). Clipping gives exact zeros and ones:
+
+    P(z = 0) = sigmoid((beta * log(-gamma / zeta) - log_alpha) / noise)
+    P(z = 1) = sigmoid((log_alpha - beta * log((1 - gamma) / (zeta - 1))) / noise)
+
+with noise = 1 in the paper. Gates of an axis come in vectors along the last dimension (one vector in all for `layer` and `hidden`,
+one a layer for `group` and `neuron`, one a group for `query`), and every vector is to keep the same number of units.
+
+Shapes: L layers, G key/value heads, Q query heads in each, M neurons, D hidden channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from shearling.arch.axes import PER_LAYER
+from shearling.arch.families import Anatomy
+from shearling.shapes import PRUNABLE
+
+GAMMA, ZETA = -0.1, 1.1
+BETA = 2 / 3
+LIMIT = math.log(100.0)
+"""|log_alpha| is kept within this, so that no gate is ever beyond recall."""
+EPSILON = 1e-6
+"""Uniform noise is drawn from (EPSILON, 1 - EPSILON)."""
+ZERO_EDGE = BETA * math.log(-GAMMA / ZETA)
+"""log_alpha at or under which a gate without noise is exactly 0 (-1.5986); over its negative it is exactly 1."""
+
+
+def gate_values(log_alpha: Tensor, uniform: Tensor | None = None, noise: float = 1.0) -> Tensor:
+    """Gates z in [0, 1], of the shape of `log_alpha`; without `uniform` (or noise) the median gate, which has no randomness."""
+    logit = log_alpha
+    if uniform is not None and noise > 0:
+        logit = logit + noise * (torch.log(uniform) - torch.log1p(-uniform))
+    return (torch.sigmoid(logit / BETA) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
+
+
+def probability_open(log_alpha: Tensor, noise: float = 1.0) -> Tensor:
+    """P(z != 0) of every gate."""
+    return torch.sigmoid((log_alpha - ZERO_EDGE) / noise)
+
+
+def expected_open(log_alpha: Tensor) -> Tensor:
+    """P(z != 0), scaled so that a gate at the limit counts exactly 1 or 0.
+
+    At the clamp P(z != 0) is 0.998 or 0.047, so with the unscaled count finished gates at the target violate the constraint,
+    and some gates have to stay half open to meet it (the original's floor). Scaled, finished gates at the target satisfy it.
+    """
+    low, high = (float(probability_open(torch.tensor(limit, dtype=torch.float64))) for limit in (-LIMIT, LIMIT))
+    return (probability_open(log_alpha) - low) / (high - low)
+
+
+@dataclass(frozen=True)
+class GateSpec:
+    """The gates of one axis: their shape, whose last dimension is one vector, and how many of a vector are to be kept."""
+
+    axis: str
+    shape: tuple[int, ...]
+    target: int
+
+
+def gate_specs(source: Anatomy, target: Anatomy) -> dict[str, GateSpec]:
+    """Which gates the way from `source` to `target` needs. An axis that keeps its size has no gates."""
+    specs = {}
+    for axis in PRUNABLE:
+        if target.sizes[axis] == source.sizes[axis]:
+            continue
+        shape = (source.sizes[axis],)
+        if axis == "query":
+            shape = (source.sizes["group"], *shape)
+        if axis in PER_LAYER:
+            shape = (source.sizes["layer"], *shape)
+        specs[axis] = GateSpec(axis, shape, target.sizes[axis])
+    return specs
+
+
+class Gates(nn.Module):
+    """The logits of all gates and the Lagrange multipliers, all fp32 and whole on every rank.
+
+    `log_alpha[axis]` has the spec's shape; `lambda_1[axis]` and `lambda_2[axis]` have one entry a vector (shape[:-1]).
+    """
+
+    def __init__(self, specs: Mapping[str, GateSpec], start: float = LIMIT) -> None:
+        super().__init__()
+        self.specs = dict(specs)
+        self.log_alpha = nn.ParameterDict({axis: nn.Parameter(torch.full(spec.shape, start)) for axis, spec in specs.items()})
+        self.lambda_1 = nn.ParameterDict({axis: nn.Parameter(torch.zeros(spec.shape[:-1])) for axis, spec in specs.items()})
+        self.lambda_2 = nn.ParameterDict({axis: nn.Parameter(torch.zeros(spec.shape[:-1])) for axis, spec in specs.items()})
+
+    def uniform(self, axis: str, generator: torch.Generator) -> Tensor:
+        """Uniform noise for the gates of an axis; `generator` lives on the CPU so that every device and rank draws the same."""
+        log_alpha = self.log_alpha[axis]
+        noise = torch.rand(log_alpha.shape, generator=generator) * (1 - 2 * EPSILON) + EPSILON
+        return noise.to(log_alpha.device)
+
+    def hardened(self) -> dict[str, Tensor]:
+        """Gates in {0, 1} with exactly the target count open in every vector: those of the largest logits."""
+        masks = {}
+        for axis, log_alpha in self.log_alpha.items():
+            top = log_alpha.detach().topk(self.specs[axis].target, dim=-1).indices
+            masks[axis] = torch.zeros_like(log_alpha, requires_grad=False).scatter_(-1, top, 1.0)
+        return masks
+
+    def expected_sizes(self) -> dict[str, Tensor]:
+        """{axis: expected count of every vector, shape[:-1]}."""
+        return {axis: expected_open(log_alpha).sum(-1) for axis, log_alpha in self.log_alpha.items()}
+
+    @torch.no_grad()
+    def clamp_(self) -> None:
+        """Keep every logit within the limit; call it after each optimizer step (the stored logit, not a copy, is clamped)."""
+        for log_alpha in self.log_alpha.values():
+            log_alpha.clamp_(-LIMIT, LIMIT)

@@ -1,0 +1,155 @@
+"""Gates in training: drawn for every microbatch, held to the ramp, moved after every step, settled for evaluations.
+
+Two ways to hold the gates to their targets:
+
+`lagrangian`   the paper's: multipliers ascend on the constraint while gates descend on loss plus constraint.
+`projected`    the multipliers' limit, ours: at every step each vector's logits are shifted by the one number that makes its expected
+               count exactly the scheduled one, so the target is met at any length of schedule; the loss alone moves the logits
+               against one another. A falling temperature divides the shifted logits, so that the gates end at 0 or 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shearling.prune.attach import Attachment
+from shearling.prune.config import GateConfig
+from shearling.prune.constraints import lagrangian, project, scheduled_sizes
+from shearling.prune.gates import LIMIT, Gates, expected_open, gate_values
+from shearling.prune.scores import ranks
+from shearling.schedules import cosine_with_warmup, geometric, ramp
+
+_GENERATOR_STRIDE = 1 << 20  # microbatches of one step that keep their noise apart
+
+
+class GateLearner:
+    """Gates of a model in training for `steps` steps. Everything random follows from (seed, step, microbatch)."""
+
+    def __init__(self, gates: Gates, attachment: Attachment, config: GateConfig, *, steps: int, warmup: int, seed: int) -> None:
+        self.gates, self.attachment, self.config = gates, attachment, config
+        self.steps, self.warmup, self.seed = steps, warmup, seed
+        self._generator = torch.Generator()
+        self._optimizer = GateOptimizer(gates, config)
+
+    def start_from(self, scores: Mapping[str, Tensor]) -> None:
+        """Starting logits by rank of the score inside each vector, all of them open."""
+        with torch.no_grad():
+            for axis, log_alpha in self.gates.log_alpha.items():
+                low = self.config.start_low
+                log_alpha.copy_(low + (LIMIT - low) * ranks(scores[axis]))
+
+    def draw(self, step: int, microbatch: int) -> None:
+        """Set fresh gates for this microbatch."""
+        config, masks = self.config, {}
+        noise = geometric(step, self.steps, config.noise, config.final_noise)
+        self._generator.manual_seed(((self.seed << 32) + step) * _GENERATOR_STRIDE % (1 << 63) + microbatch)
+        for axis, logits in self.logits(step).items():
+            masks[axis] = gate_values(logits, self.gates.uniform(axis, self._generator) if noise > 0 else None, noise)
+        self.attachment.set(masks)
+
+    def settle(self, step: int) -> None:
+        """Set the gates without noise."""
+        with torch.no_grad():
+            self.attachment.set({axis: gate_values(logits) for axis, logits in self.logits(step).items()})
+
+    def update(self, step: int) -> None:
+        """Add the constraint's gradient and move gates and multipliers once."""
+        factor = cosine_with_warmup(step, self.steps, self.warmup, self.config.final_learning_rate)
+        if self.config.constraint == "lagrangian":
+            lagrangian(self.gates, self._progress(step)).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step(factor)
+        if self.config.constraint == "lagrangian":
+            self.gates.clamp_()
+
+    def logits(self, step: int) -> dict[str, Tensor]:
+        """{axis: logits in [-LIMIT, LIMIT] that the gates of this step are drawn from}; their gradient reaches `log_alpha`."""
+        if self.config.constraint == "lagrangian":
+            return dict(self.gates.log_alpha.items())
+        temperature = geometric(step, self.steps, 1.0, self.config.final_temperature)
+        wanted = scheduled_sizes(self.gates, self._progress(step))
+        return {axis: project(log_alpha, wanted[axis], temperature) for axis, log_alpha in self.gates.log_alpha.items()}
+
+    def metrics(self, step: int) -> dict[str, Any]:
+        """Expected and scheduled size of each axis (mean over its vectors, and the worst vector), multipliers, learning rate."""
+        scheduled, sizes = scheduled_sizes(self.gates, self._progress(step)), {}
+        with torch.no_grad():
+            for axis, logits in self.logits(step).items():
+                expected = expected_open(logits).sum(-1)
+                worst = (expected - scheduled[axis]).abs().max()
+                sizes[axis] = {"expected": float(expected.mean()), "target": scheduled[axis], "worst": float(worst)}
+        multipliers = {
+            axis: {"lambda_1": float(self.gates.lambda_1[axis].mean()), "lambda_2": float(self.gates.lambda_2[axis].mean())}
+            for axis in self.gates.specs
+        }
+        factor = cosine_with_warmup(max(step, 1), self.steps, self.warmup, self.config.final_learning_rate)
+        found: dict[str, Any] = {"sizes": sizes, "learning_rate": {"gates": self.config.learning_rate * factor}}
+        return found | ({"multipliers": multipliers} if self.config.constraint == "lagrangian" else {})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Gates, multipliers and their optimizer's moments, by name."""
+        own = {name: parameter.detach() for name, parameter in self.gates.named_parameters()}
+        return own | self._optimizer.tensors()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put what `tensors` gave back."""
+        with torch.no_grad():
+            for name, parameter in self.gates.named_parameters():
+                parameter.copy_(tensors[name])
+        self._optimizer.load(tensors)
+
+    def _progress(self, step: int) -> float:
+        return ramp(step, round(self.config.ramp * self.steps))
+
+
+class GateOptimizer:
+    """Adam (Kingma & Ba 2015) for gates, which descend, and multipliers, which ascend.
+
+    The second moment of a logit is shared by its vector, so that the gradients of a vector's gates keep their proportions: with
+    one for each logit, as the original has, every gate moves by the full learning rate however little it matters.
+    """
+
+    def __init__(self, gates: Gates, config: GateConfig, betas: tuple[float, float] = (0.9, 0.95)) -> None:
+        self.config, self.betas = config, betas
+        self._parameters = dict(gates.named_parameters())
+        self._first = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
+        self._second = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
+        self._steps = torch.zeros((), dtype=torch.int64)
+
+    @torch.no_grad()
+    def step(self, factor: float) -> None:
+        """Move everything that has a gradient by its learning rate times `factor`, and drop the gradients."""
+        self._steps += 1
+        count = int(self._steps)
+        for name, parameter in self._parameters.items():
+            gradient, parameter.grad = parameter.grad, None
+            if gradient is None:
+                continue
+            is_gate = name.startswith("log_alpha")
+            square = gradient.square()
+            if is_gate and self.config.shared_second_moment:
+                square = square.mean(-1, keepdim=True).expand_as(square)
+            first, second = self._first[name], self._second[name]
+            first.lerp_(gradient, 1 - self.betas[0])
+            second.lerp_(square, 1 - self.betas[1])
+            update = first / (1 - self.betas[0] ** count)
+            update /= (second / (1 - self.betas[1] ** count)).sqrt() + 1e-12
+            rate = -self.config.learning_rate if is_gate else self.config.multiplier_learning_rate
+            parameter.add_(update, alpha=rate * factor)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The moments and the step count, by name."""
+        moments = {f"first/{name}": moment for name, moment in self._first.items()}
+        return moments | {f"second/{name}": moment for name, moment in self._second.items()} | {"steps": self._steps}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put what `tensors` gave back."""
+        for name in self._parameters:
+            self._first[name].copy_(tensors[f"first/{name}"])
+            self._second[name].copy_(tensors[f"second/{name}"])
+        self._steps.copy_(tensors["steps"])
+
+

@@ -1,0 +1,58 @@
+"""Scores of every gate, from which starting logits are made: larger means more important.
+
+A score is a function of the gated model and some calibration sequences, and gives {axis: tensor of the gates' shape}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from shearling.objectives.lm import Objective
+from shearling.prune.attach import Attachment
+from shearling.prune.gates import GateSpec
+
+Scores = dict[str, Tensor]
+
+
+def taylor(
+    model: nn.Module, attachment: Attachment, specs: Mapping[str, GateSpec], objective: Objective, batches_BT: Iterable[Tensor]
+) -> Scores:
+    """Mean over batches of |dL/dz| at z = 1, the first-order change of the loss when a gate closes (Molchanov et al. 2017, 1611.06440).
+
+    Only gates get gradients; the weights' are neither computed nor changed. Small batches tell more than large ones, since
+    gradients of opposite sign cancel inside a batch.
+    """
+    wanted = [parameter.requires_grad for parameter in model.parameters()]
+    device = next(model.parameters()).device
+    totals = {axis: torch.zeros(spec.shape, device=device) for axis, spec in specs.items()}
+    training, number = model.training, 0
+    model.eval().requires_grad_(False)
+    try:
+        for ids_BT in batches_BT:
+            gates = {axis: torch.ones(spec.shape, device=device, requires_grad=True) for axis, spec in specs.items()}
+            attachment.set(gates)
+            objective(model, ids_BT).mean().backward()  # type: ignore[no-untyped-call]
+            for axis, gate in gates.items():
+                if gate.grad is not None:
+                    totals[axis] += gate.grad.abs()
+            number += 1
+    finally:
+        attachment.set({})
+        model.train(training)
+        for parameter, want in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(want)
+    return {axis: total.cpu() / max(number, 1) for axis, total in totals.items()}
+
+
+def random(specs: Mapping[str, GateSpec], generator: torch.Generator) -> Scores:
+    """Uniform scores: the control that every other score has to beat."""
+    return {axis: torch.rand(spec.shape, generator=generator) for axis, spec in specs.items()}
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """The rank of each score inside its vector (last dimension), from 0 for the least to 1 for the most important."""
+    order = scores.argsort(dim=-1, stable=True).argsort(dim=-1, stable=True)
+    return order.to(torch.float32) / max(scores.shape[-1] - 1, 1)

@@ -1,0 +1,39 @@
+"""Apply a plan: slice every tensor along the axes of its pattern, one at a time, and write the smaller model's tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from torch import Tensor
+
+from shearling.arch.axes import slice_tensor
+from shearling.arch.families import Anatomy
+from shearling.prune.plan import PrunePlan, check_plan
+
+
+class Reader(Protocol):
+    """Anything that gives a source tensor by name."""
+
+    def get(self, name: str) -> Tensor:
+        """The tensor of that name."""
+        ...
+
+
+def transform(plan: PrunePlan, source: Anatomy, target: Anatomy, reader: Reader) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) of the cut model in order; one source tensor is in memory at a time.
+
+    The result is contiguous and shares no memory with the source. Raises `ArtifactError` where the plan does not fit.
+    """
+    check_plan(plan, source, target)
+    prefix = f"{source.family.anchors.layers}."
+    for name, pattern in target.tensors().items():
+        layer: int | None = None
+        source_name = name
+        if name.startswith(prefix):
+            number, rest = name.removeprefix(prefix).split(".", 1)
+            layer = plan.layers[int(number)]
+            source_name = f"{prefix}{layer}.{rest}"
+        whole = reader.get(source_name).detach()
+        tensor = slice_tensor(whole, pattern, source.sizes, plan.keep_in(layer)).contiguous()
+        yield name, tensor.clone() if tensor.data_ptr() == whole.data_ptr() else tensor

@@ -1,0 +1,133 @@
+"""The recipe: everything that a run needs to know, as one strict configuration. Imports no torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from shearling.config import Config, override, parse, read_yaml
+from shearling.data.config import DataConfig, MixtureConfig
+from shearling.prune.config import GateConfig
+from shearling.shapes import Target
+from shearling.train.config import Count, FitConfig, Fraction, RuntimeConfig, TrainConfig
+
+
+class PruneConfig(FitConfig):
+    """Targeted structured pruning: gates and weights trained together until the source has the target's shape."""
+
+    steps: Annotated[int, Field(ge=0)] = 3200
+    """Optimizer steps; with 0 the starting logits alone decide what is kept (one-shot pruning by their score)."""
+    batch_size: Count = 32
+    """Sequences of one step."""
+    microbatches: Count = 8
+    """Forward and backward passes that make up one step; fixed, so that results do not hang on the machine."""
+    warmup: Fraction = 0.1
+    """Share of the steps over which the learning rate rises."""
+    evaluate_every: Count = 50
+    """Steps between held-out evaluations, each followed by an update of the mixture; there is one after the last step, too."""
+    gates: GateConfig = GateConfig()
+    """The gates and their constraints."""
+
+
+class EvaluateConfig(Config):
+    """What is measured of source and result."""
+
+    batch_size: Count = 8
+    """Sequences of one forward pass of an evaluation."""
+    speed: bool = True
+    """Measure tokens/s of generation and prefill, source and result side by side."""
+    prompt_tokens: Count = 256
+    """Length of the prompt in the measurement of speed."""
+    generate_tokens: Count = 32
+    """Tokens generated in the measurement of speed."""
+
+
+class ExportConfig(Config):
+    """The published checkpoint."""
+
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    """Type of the weights of `model/`; source: as the source's config says."""
+
+
+class Recipe(Config):
+    """One shearing: source, target, data, and the two stages of training."""
+
+    source: str = Field(min_length=1)
+    """A Hugging Face directory, a hub id, or a GGUF file."""
+    target: Target | None = None
+    """The shape to shear to; left out, nothing is pruned and the source is trained further."""
+    data: DataConfig
+    """Text by domain."""
+    mixture: MixtureConfig = MixtureConfig()
+    """How the shares of the domains move (dynamic batch loading)."""
+    prune: PruneConfig = PruneConfig()
+    """The pruning stage."""
+    train: TrainConfig = TrainConfig()
+    """Continued pretraining of the cut model."""
+    evaluate: EvaluateConfig = EvaluateConfig()
+    """Measurements."""
+    export: ExportConfig = ExportConfig()
+    """The published checkpoint."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """How to compute."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
+    """Everything random follows from it: data order, gate noise, held-out split."""
+
+    @model_validator(mode="after")
+    def _references_name_every_domain(self) -> Recipe:
+        given = self.mixture.reference
+        if isinstance(given, dict) and set(given) != set(self.data.domains):
+            raise ValueError(
+                f"mixture.reference has losses for {', '.join(sorted(given))} where the domains are {', '.join(sorted(self.data.domains))}"
+            )
+        return self
+
+
+RecipeLike = Recipe | Mapping[str, Any] | str | Path
+"""A recipe, its plain values, or the path of its YAML file."""
+
+
+def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; `overrides` are `a.b=c` assignments. Relative paths start from the recipe's folder.
+
+    Raises one `ConfigError` that names every problem with field, value found and remedy.
+    """
+    if isinstance(recipe, Recipe):
+        values, base, where = recipe.model_dump(mode="json"), Path.cwd(), "recipe"
+    elif isinstance(recipe, Mapping):
+        values, base, where = dict(recipe), Path.cwd(), "recipe"
+    else:
+        values, base, where = read_yaml(recipe), Path(recipe).resolve().parent, str(recipe)
+    parsed = parse(Recipe, override(values, overrides), where)
+    source = parsed.source
+    if (base / Path(source).expanduser()).exists() or source.startswith((".", "/", "~")):
+        source = str((base / Path(source).expanduser()).absolute())
+    return parsed.model_copy(update={"source": source, "data": parsed.data.resolved(base)})
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The recipe as YAML with every field, so that reading it gives the same recipe anywhere on this machine."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def differences(before: Recipe, after: Recipe) -> list[tuple[str, str, str]]:
+    """(field, before, after) of every field that differs and bears on the result; how to compute does not."""
+    old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
+    keys = sorted(set(old) | set(new))
+    free = ("runtime.threads", "runtime.save_every", "runtime.keep_checkpoints")
+    return [(key, _shown(old, key), _shown(new, key)) for key in keys if old.get(key) != new.get(key) and key not in free]
+
+
+def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(values, dict):
+        return {prefix: values}
+    return {path: leaf for key, value in values.items() for path, leaf in _flat(value, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def _shown(values: Mapping[str, Any], key: str) -> str:
+    return json.dumps(values[key]) if key in values else "nothing"

@@ -1,0 +1,306 @@
+"""The stages of a run. Each takes the run's context and returns what goes into the ledger; each can be done again after a kill."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shearling.arch.families import Anatomy
+from shearling.data import mixture
+from shearling.data.loader import Loader
+from shearling.data.prepare import prepare
+from shearling.data.tokens import TokenSet, open_tokens
+from shearling.errors import ArtifactError, Problem, Stopped
+from shearling.evaluate.loss import heldout_losses
+from shearling.evaluate.speed import measure_speed
+from shearling.export import publish_model, save_model
+from shearling.io.loading import load_stock
+from shearling.io.tensors import MemoryReader, ShardWriter
+from shearling.objectives.lm import token_losses
+from shearling.prune import scores
+from shearling.prune.attach import Attachment
+from shearling.prune.gates import Gates, gate_specs
+from shearling.prune.learn import GateLearner
+from shearling.prune.plan import PrunePlan, plan_from_masks
+from shearling.prune.transform import transform
+from shearling.prune.verify import Difference, compare_logits, masked_logits, require_equal
+from shearling.recipe import Recipe
+from shearling.run import Show
+from shearling.shapes import target_anatomy, target_config
+from shearling.sources import Source
+from shearling.train import checkpoint
+from shearling.train.config import FitConfig
+from shearling.train.loop import Losses, Progress, Surroundings, fit
+from shearling.train.optim import choose_device, in_precision, prepare_model
+from shearling.train.stop import StopOnSignal
+
+_VERIFY_SEQUENCES = 2
+"""Sequences on which masked and cut model are compared."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage works with."""
+
+    recipe: Recipe
+    source: Source
+    path: Path
+    """The run directory."""
+    stop: StopOnSignal
+    show: Show
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where to compute."""
+        return choose_device(self.recipe.runtime)
+
+    @cached_property
+    def target(self) -> Anatomy:
+        """What comes out; the source's own anatomy where nothing is pruned."""
+        return target_anatomy(self.source.anatomy, self.recipe.target) if self.recipe.target else self.source.anatomy
+
+    @cached_property
+    def tokens(self) -> TokenSet:
+        """The prepared text."""
+        return open_tokens(self.path / "data")
+
+    @cached_property
+    def objective(self) -> Callable[[nn.Module, Tensor], Tensor]:
+        """Cross-entropy in the recipe's precision."""
+        return in_precision(token_losses, self.device, self.recipe.runtime.precision)
+
+    def evaluate(self, model: nn.Module) -> Losses:
+        """Held-out losses of a model as it stands."""
+        heldout = {domain: self.tokens.sequences(domain, "heldout") for domain in self.tokens.domains}
+        size = self.recipe.evaluate.batch_size
+        return heldout_losses(model, heldout, self.objective, batch_size=size, device=self.device)
+
+    def check_stop(self) -> None:
+        """Raise `Stopped` where a signal asked for it; for stages that have nothing to save."""
+        if self.stop.requested:
+            raise Stopped(f"stopped by {self.stop.requested}; finished stages are kept. Run the same command to go on.")
+
+
+def prepare_data(context: Context) -> dict[str, Any]:
+    """Text to token shards in `data/`."""
+
+    def progress(domain: str, documents: int, tokens: int) -> None:
+        context.check_stop()
+        context.show.count(f"{domain}: {documents:,} documents", tokens, "tokens")
+
+    vocab = context.source.anatomy.sizes["vocab"]
+    tokenizer = context.source.tokenizer()
+    manifest = prepare(context.recipe.data, tokenizer, vocab, context.path / "data", seed=context.recipe.seed, progress=progress)
+    for domain, facts in manifest["domains"].items():
+        for note in facts["notes"]:
+            context.show.note(f"{domain}: {note}")
+    return {"domains": manifest["domains"], "sequence_length": manifest["sequence_length"]}
+
+
+def measure_source(context: Context) -> dict[str, Any]:
+    """Held-out losses of the source, which are also the reference losses where the recipe says so."""
+    model = context.source.load_model().to(context.device)
+    return {"loss": context.evaluate(model), "fingerprint": context.source.fingerprint()}
+
+
+def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray) -> dict[str, Any]:
+    """Learn the gates, harden them, cut, verify, and publish `plan.json` and `pruned/`."""
+    config, anatomy = context.recipe.prune, context.source.anatomy
+    began = time.perf_counter()
+    model = context.source.load_model().to(context.device)
+    specs = gate_specs(anatomy, context.target)
+    around = _surroundings(context, "prune", config, source_result["loss"])
+    calibration_tokens = 0
+    with Attachment(model, anatomy) as attachment:
+        gates = Gates(specs).to(context.device)
+        seed, warmup = context.recipe.seed, round(config.warmup * config.steps)
+        learner = GateLearner(gates, attachment, config.gates, steps=config.steps, warmup=warmup, seed=seed)
+        start = Progress(shares, around.loader.start(), heldout=dict(source_result["loss"]))
+        if specs:
+            if not checkpoint.steps(around.checkpoints):
+                learner.start_from(_starting_scores(context, model, attachment, gates, around.loader, shares))
+            calibration_tokens = _calibration_tokens(context)
+            prepare_model(model, context.recipe.runtime)
+            progress = fit(model, config, around, start, learner)
+        else:
+            progress = start
+    model.eval()
+    masks = gates.hardened()
+    made_by = {"method": "sheared-llama", "seed": seed, "steps": config.steps, "gates": config.gates.model_dump(mode="json")}
+    plan = plan_from_masks(anatomy, context.target, masks, source_result["fingerprint"], made_by)
+    difference = _cut(context, model, masks, plan)
+    plan.save(context.path / "plan.json")
+    cut = load_stock(context.path / "pruned", torch.float32, "pruned").to(context.device)
+    return {
+        "loss": {"before_hardening": progress.heldout if config.steps and specs else None, "pruned": context.evaluate(cut)},
+        "tokens": progress.tokens + calibration_tokens,
+        "steps": progress.step,
+        "weights": progress.weights.tolist(),
+        "cursors": progress.cursors.tolist(),
+        "training_seconds": round(progress.seconds, 3),
+        "seconds": round(time.perf_counter() - began, 3),
+        "verify": {**vars(difference), "sequences": _VERIFY_SEQUENCES},
+    }
+
+
+def train(context: Context, pruned: Mapping[str, Any], source_result: Mapping[str, Any]) -> dict[str, Any]:
+    """Continue pretraining the cut model and publish `model/`."""
+    config = context.recipe.train
+    model = load_stock(context.path / "pruned", torch.float32, "pruned").to(context.device)
+    around = _surroundings(context, "train", config, source_result["loss"], offset=pruned["steps"])
+    start = Progress(
+        np.array(pruned["weights"], np.float64), np.array(pruned["cursors"], np.int64), heldout=dict(pruned["loss"]["pruned"])
+    )
+    prepare_model(model, context.recipe.runtime)
+    progress = fit(model, config, around, start)
+    model.eval()
+    ids = _sample_ids(context)
+    values = _pruned_config(context)
+    final = context.path / "model"
+    save_model(model, values, context.source.save_companions, final, _export_dtype(context), ids, replace=final.exists())
+    epochs = around.loader.epochs(progress.cursors)
+    return {
+        "loss": {"final": progress.heldout},
+        "tokens": progress.tokens,
+        "steps": progress.step,
+        "epochs": dict(zip(context.tokens.domains, epochs.round(3).tolist(), strict=True)),
+        "training_seconds": round(progress.seconds, 3),
+    }
+
+
+def measure_result(context: Context) -> dict[str, Any]:
+    """Speed of source and result, side by side."""
+    if not context.recipe.evaluate.speed:
+        return {}
+    config = context.recipe.evaluate
+    dtype = torch.float32 if context.device.type == "cpu" else torch.bfloat16
+    models = {
+        "source": context.source.load_model(dtype).to(context.device),
+        "model": load_stock(context.path / "model", dtype, "model").to(context.device),
+    }
+    speed = measure_speed(models, prompt_tokens=config.prompt_tokens, generate_tokens=config.generate_tokens, seed=context.recipe.seed)
+    return {"speed": speed, "speed_dtype": str(dtype).removeprefix("torch."), "speed_device": str(context.device)}
+
+
+def starting_shares(context: Context) -> np.ndarray:
+    """Shares [D] before the first step: the domains' weights, or equal ones."""
+    given = {name: domain.weight for name, domain in context.recipe.data.domains.items()}
+    return mixture.starting_weights([given[name] for name in context.tokens.domains])
+
+
+def reference_losses(context: Context, source_losses: Mapping[str, float]) -> dict[str, float] | None:
+    """Reference loss of every domain, in nats/token; None where the mixture is static without one."""
+    given = context.recipe.mixture.reference
+    if given is None:
+        return None
+    return {domain: source_losses[domain] if given == "source" else given[domain] for domain in context.tokens.domains}
+
+
+def _surroundings(
+    context: Context, stage: str, config: FitConfig, source_losses: Mapping[str, float], offset: int = 0
+) -> Surroundings:
+    rule, domains = context.recipe.mixture, context.tokens.domains
+    reference = reference_losses(context, source_losses)
+
+    def reweigh(weights: np.ndarray, losses: Losses) -> np.ndarray:
+        if reference is None:
+            return weights
+        found, wanted = (np.array([values[domain] for domain in domains]) for values in (losses, reference))
+        return mixture.update(
+            rule.update, weights, found, wanted, smoothing=rule.smoothing, step_size=rule.step_size, domains=domains
+        )
+
+    return Surroundings(
+        stage=stage,
+        run_dir=context.path,
+        runtime=context.recipe.runtime,
+        device=context.device,
+        domains=list(domains),
+        loader=Loader(context.tokens, config.batch_size, context.recipe.seed),
+        objective=context.objective,
+        evaluate=context.evaluate,
+        reweigh=reweigh,
+        reference=reference or {},
+        stop=context.stop,
+        show=lambda step, steps, line: context.show.step(stage, step, steps, line),
+        step_offset=offset,
+        reweigh_first=stage == "train",
+    )
+
+
+def _starting_scores(
+    context: Context, model: nn.Module, attachment: Attachment, gates: Gates, loader: Loader, shares: np.ndarray
+) -> dict[str, Tensor]:
+    config = context.recipe.prune.gates
+    if config.start == "random":
+        return scores.random(gates.specs, torch.Generator().manual_seed(context.recipe.seed))
+    if config.start == "constant":
+        return {}
+    calibration = Loader(context.tokens, config.calibration_sequences, context.recipe.seed)
+    ids_BT = torch.from_numpy(calibration.batch(0, shares, loader.start()).ids).to(context.device)
+    context.show.note(f"scoring every gate on {config.calibration_sequences} sequences")
+
+    def batches() -> Any:
+        for pair in ids_BT.split(2):
+            context.check_stop()
+            yield pair
+
+    return scores.taylor(model, attachment, gates.specs, context.objective, batches())
+
+
+def _calibration_tokens(context: Context) -> int:
+    config = context.recipe.prune.gates
+    return config.calibration_sequences * context.tokens.sequence_length if config.start == "taylor" else 0
+
+
+def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: PrunePlan) -> Difference:
+    """Write `pruned/` from the trained weights, and publish it only if it computes what the gated model does."""
+    anatomy = context.source.anatomy
+    ids = _sample_ids(context)
+    expected = masked_logits(model, anatomy, masks, ids)
+    reader = MemoryReader({name: parameter.detach() for name, parameter in model.named_parameters()})
+    found: list[Difference] = []
+
+    def write(writer: ShardWriter) -> None:
+        for name, tensor in transform(plan, anatomy, context.target, reader):
+            writer.add(name, tensor)
+
+    def verify(cut: nn.Module) -> None:
+        found.append(compare_logits(cut.to(context.device), expected, ids))
+        require_equal(found[-1])
+
+    final = context.path / "pruned"
+    values = target_config(context.source.config, anatomy, context.target, plan.layers)
+    publish_model(write, values, context.source.save_companions, final, torch.float32, verify, replace=final.exists())
+    return found[-1]
+
+
+def _pruned_config(context: Context) -> dict[str, Any]:
+    from shearling.io.files import read_json
+
+    return dict(read_json(context.path / "pruned" / "config.json"))
+
+
+def _sample_ids(context: Context) -> Tensor:
+    domain = context.tokens.domains[0]
+    ids = np.asarray(context.tokens.sequences(domain, "heldout")[:_VERIFY_SEQUENCES, :512], dtype=np.int64)
+    return torch.from_numpy(ids).to(context.device)
+
+
+def _export_dtype(context: Context) -> torch.dtype:
+    asked = context.recipe.export.dtype
+    config = context.source.config
+    name = str(config.get("dtype") or config.get("torch_dtype") or "float32") if asked == "source" else asked
+    dtype = getattr(torch, name.removeprefix("torch."), None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        remedy = "Set export.dtype to float32, bfloat16 or float16."
+        raise ArtifactError("the source's dtype is not known", [Problem("dtype", name, remedy)])
+    return dtype

@@ -1,0 +1,78 @@
+"""Configuration of training: what pruning and continued pretraining share, and how they run. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from shearling.config import Config
+
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class FitConfig(Config):
+    """One stage of training. The defaults of the optimizer are those of Sheared LLaMA, Table 7."""
+
+    steps: Annotated[int, Field(ge=0)]
+    """Optimizer steps."""
+    batch_size: Count
+    """Sequences of one step."""
+    microbatches: Count = 1
+    """Forward and backward passes that make up one step; fixed, so that results do not hang on the machine."""
+    learning_rate: Positive = 1e-4
+    """Peak learning rate of the weights."""
+    warmup: Fraction
+    """Share of the steps over which the learning rate rises."""
+    final_learning_rate: Fraction = 0.1
+    """Learning rate at the end of the cosine, as a share of the peak."""
+    clip: Positive = 1.0
+    """Norm to which the gradient of the weights is clipped (gates are clipped apart)."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay of the weights (gates have none)."""
+    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False)
+    """Decay of Adam's two moments."""
+    evaluate_every: Count
+    """Steps between held-out evaluations, each followed by an update of the mixture; there is one after the last step, too."""
+
+    @model_validator(mode="after")
+    def _microbatches_divide(self) -> FitConfig:
+        if self.batch_size % self.microbatches:
+            raise ValueError(f"batch_size ({self.batch_size}) must be a multiple of microbatches ({self.microbatches})")
+        return self
+
+
+class TrainConfig(FitConfig):
+    """Continued pretraining of the cut model."""
+
+    steps: Annotated[int, Field(ge=0)] = 48000
+    """Optimizer steps."""
+    batch_size: Count = 256
+    """Sequences of one step."""
+    microbatches: Count = 16
+    """Forward and backward passes that make up one step; fixed, so that results do not hang on the machine."""
+    warmup: Fraction = 0.03
+    """Share of the steps over which the learning rate rises."""
+    evaluate_every: Count = 400
+    """Steps between held-out evaluations, each followed by an update of the mixture; there is one after the last step, too."""
+
+
+class RuntimeConfig(Config):
+    """How to compute; none of it is part of the method."""
+
+    device: str = "auto"
+    """`auto` (a GPU where there is one), `cpu`, `cuda` or `cuda:N`."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """What forward and backward passes compute in (autocast); weights, moments and gates are fp32 always."""
+    threads: Count | None = None
+    """CPU threads; left out, as many as the machine has."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    save_every: Count | None = 1000
+    """Steps between checkpoints; left out, only when stopped by a signal."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """How many checkpoints stay."""
