@@ -189,5 +189,6 @@ def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> d
     if "train" in found:
         values["loss"] |= found["train"]["loss"]
         values["epochs"] = found["train"]["epochs"]
-    return values | found.get("evaluate", {})
+    measured = found.get("evaluate", {})
+    return values | {key: measured[key] for key in ("speed", "speed_dtype", "speed_device") if key in measured}
 

@@ -138,7 +138,7 @@ def _finish(report: dict[str, Any], out: Path) -> None:
     console.print(summary_table(report))
     for name in ("model", "pruned", "plan.json", "report.html", "report.json", "metrics.jsonl"):
         if (out / name).exists():
-            console.print(f"{name + ':':14s}{escape(str(out / name))}", highlight=False, soft_wrap=True)
+            console.print(f"{name + ':':15s}{escape(str(out / name))}", highlight=False, soft_wrap=True)
 
 
 def _sizes(text: str) -> dict[str, Any]:

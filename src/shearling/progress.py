@@ -50,7 +50,7 @@ class Terminal:
         if "heldout" in line:
             text += f"  held-out {line['heldout']['mean']:.3f}"
         for axis, size in line.get("sizes", {}).items():
-            text += f"  {axis} {size['expected']:.1f}>{size['target']:.0f}"
+            text += f"  {axis} {size['expected']:.1f} of {size['target']:.1f}"
         self.console.print(escape(text))
 
     def count(self, what: str, done: int, unit: str) -> None:

@@ -113,7 +113,8 @@ def test_any_feasible_shape(family: str, tied: bool, layers: int, groups: int, q
         num_key_value_heads=groups,
         intermediate_size=neurons,
     )
-    assert difference({"family": family, "tied": tied}, asked, seed, torch.float32) <= 1e-5
+    # In fp64, since the norm of a stream of one or two channels is too ill-conditioned for a bound in fp32.
+    assert difference({"family": family, "tied": tied}, asked, seed, torch.float64) <= 1e-10
 
 
 def test_a_wrong_index_is_seen() -> None:

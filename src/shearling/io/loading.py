@@ -32,7 +32,9 @@ def load_stock(directory: Path, dtype: torch.dtype, where: str, **options: Any) 
     unexpected, of another shape, not finite, or not tied as the config says. `options` go to `from_pretrained`.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()  # of a second or two, and in the middle of our own
     with artifact_errors(where, "weights", "Get the model again."):
         model, info = AutoModelForCausalLM.from_pretrained(
             directory,

