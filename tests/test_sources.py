@@ -212,6 +212,7 @@ def test_companions(copy: Callable[[str, bool], Path], tmp_path: Path) -> None:
     assert GenerationConfig.from_pretrained(out).temperature == 0.5
     before, after = AutoTokenizer.from_pretrained(directory), AutoTokenizer.from_pretrained(out)
     assert before.get_vocab() == after.get_vocab() and before.chat_template == after.chat_template is not None
+    assert "local_files_only" not in (out / "tokenizer_config.json").read_text()
     assert not (out / "config.json").exists() and not (out / "model.safetensors").exists()
 
 

@@ -117,10 +117,16 @@ def _through(last: str, recipe: RecipeLike, out: str | Path, overrides: Sequence
     source = open_source(loaded.source)
     target_anatomy(source.anatomy, loaded.target or Target())
     _check_start(loaded)
+    if last != "prepare":
+        from shearling.train.optim import choose_device
+
+        choose_device(loaded.runtime)
     with RunDirectory(out, loaded) as directory:
         from shearling import stages
         from shearling.train.stop import StopOnSignal
 
+        if last != "prepare" and directory.result("prune") is None:
+            source.check()
         with StopOnSignal() as stop:
             context = stages.Context(loaded, source, directory.path, stop, shown)
             for name in STAGES[: STAGES.index(last) + 1]:
@@ -191,4 +197,3 @@ def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> d
         values["epochs"] = found["train"]["epochs"]
     measured = found.get("evaluate", {})
     return values | {key: measured[key] for key in ("speed", "speed_dtype", "speed_device") if key in measured}
-

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shearling.data.tokens import MANIFEST, open_tokens
 from shearling.errors import ArtifactError, Problem
 from shearling.evaluate.loss import heldout_losses
@@ -22,12 +20,12 @@ def measure_model(source: Source, data: Path, *, batch_size: int, speed: bool, p
     tokens = open_tokens(data if (data / MANIFEST).exists() else data / "data")
     if tokens.vocab_size != source.anatomy.sizes["vocab"]:
         remedy = "Prepare the text with this model's tokenizer."
-        found = f"a vocabulary of {tokens.vocab_size} where the model has {source.anatomy.sizes['vocab']}"
-        raise ArtifactError(f"{data}: prepared for another model", [Problem("data", found, remedy)])
+        wrong = f"a vocabulary of {tokens.vocab_size} where the model has {source.anatomy.sizes['vocab']}"
+        raise ArtifactError(f"{data}: prepared for another model", [Problem("data", wrong, remedy)])
     place = choose_device(RuntimeConfig(device=device))
     objective = in_precision(token_losses, place, precision)
     model = source.load_model().to(place)
     heldout = {domain: tokens.sequences(domain, "heldout") for domain in tokens.domains}
     losses = heldout_losses(model, heldout, objective, batch_size=batch_size, device=place)
-    found = {"name": source.name, "parameters": source.anatomy.parameters(), "loss": losses}
+    found: dict[str, Any] = {"name": source.name, "parameters": source.anatomy.parameters(), "loss": losses}
     return found | ({"speed": measure_speed({"model": model})["model"]} if speed else {})

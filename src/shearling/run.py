@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from shearling.errors import ConfigError, OutputError, Problem
-from shearling.io.files import RunLock, check_writable, read_json, storage_errors, sweep_temporary, write_atomic
+from shearling.io.files import TEMPORARY, RunLock, check_writable, read_json, storage_errors, sweep_temporary, write_atomic
 from shearling.recipe import Recipe, differences, dump_recipe, load_recipe
 
 RECIPE_FILE = "recipe.yaml"
@@ -65,7 +65,7 @@ class RunDirectory:
 
     def __enter__(self) -> RunDirectory:
         check_writable(self.path / RECIPE_FILE)
-        if self.path.is_dir() and not (self.path / RECIPE_FILE).exists() and set(p.name for p in self.path.iterdir()) - {".lock"}:
+        if self.path.is_dir() and not (self.path / RECIPE_FILE).exists() and not all(map(_is_ours, self.path.iterdir())):
             raise OutputError(f"{self.path}: exists and is not a run of Shearling. Choose another --out, or an empty folder.")
         with storage_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -113,3 +113,8 @@ class RunDirectory:
             remedy = "Go on with the recipe as it was, or choose another --out."
             problems = [Problem(field, after, f"The run was begun with {before}. {remedy}") for field, before, after in changed]
             raise ConfigError(f"{self.path}: begun with another recipe", problems)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a name may stand in a run directory that has no recipe yet: its lock, and what a killed writer of the recipe left."""
+    return path.name == ".lock" or path.name.startswith(f"{TEMPORARY}{RECIPE_FILE}-")

@@ -23,4 +23,4 @@ def geometric(step: int, steps: int, start: float, end: float) -> float:
     progress = ramp(step, steps)
     if start <= 0 or end <= 0:
         return start + (end - start) * progress
-    return start * (end / start) ** progress
+    return float(start * (end / start) ** progress)

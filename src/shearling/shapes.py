@@ -62,7 +62,9 @@ def find_problems(source: Anatomy, target: Target) -> list[Problem]:
         remedy = f"Every key/value head keeps the same number of query heads: ask for a multiple of {groups}."
         problems.append(Problem("target.num_attention_heads", str(heads), remedy))
     elif heads // groups > source.sizes["query"]:
-        remedy = f"Each key/value head of the source has {source.sizes['query']} query heads: ask for at most {groups * source.sizes['query']}."
+        remedy = (
+            f"Each key/value head of the source has {source.sizes['query']} query heads: ask for at most {groups * source.sizes['query']}."
+        )
         problems.append(Problem("target.num_attention_heads", f"{heads} on {groups} key/value heads", remedy))
     if source.family.hidden_divisible_by_heads and want["hidden_size"] % heads:
         remedy = f"Transformers loads {source.family.model_type} only where hidden_size is a multiple of num_attention_heads ({heads})."

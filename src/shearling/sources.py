@@ -65,6 +65,8 @@ class Source:
         with artifact_errors(self.name, "tokenizer", "Put the tokenizer's files of this model beside its weights."):
             options = {"trust_remote_code": False, "local_files_only": True, **self._gguf()}
             tokenizer = _as_written(AutoTokenizer.from_pretrained(self.directory, **options), self.directory, self.name)
+        for key in ("local_files_only", "is_local"):  # how it was loaded; transformers would save it as part of the tokenizer
+            tokenizer.init_kwargs.pop(key, None)
         vocab = self.anatomy.sizes["vocab"]
         if len(tokenizer) > vocab:
             remedy = f"The model has embeddings for {vocab}; take the tokenizer that belongs to it, or resize its embedding."
@@ -85,6 +87,11 @@ class Source:
                 raise ArtifactError(f"{self.name}: the files do not hold exactly this model", [UNTIED])
         return reader
 
+    def check(self) -> None:
+        """Raise `ArtifactError` where its weights, by their headers alone, are not those of its config; a GGUF is checked on loading."""
+        if self.gguf_file is None:
+            check_tensors(self._files(), self.anatomy, self.name)
+
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The stock transformers model, in eval mode on the CPU; `dtype` None means fp32.
 
@@ -93,8 +100,7 @@ class Source:
         """
         import torch
 
-        if self.gguf_file is None:
-            check_tensors(self._files(), self.anatomy, self.name)
+        self.check()
         return load_stock(self.directory, dtype or torch.float32, self.name, **self._gguf())
 
     def save_companions(self, directory: Path) -> None:

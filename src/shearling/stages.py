@@ -22,6 +22,7 @@ from shearling.errors import ArtifactError, Problem, Stopped
 from shearling.evaluate.loss import heldout_losses
 from shearling.evaluate.speed import measure_speed
 from shearling.export import publish_model, save_model
+from shearling.io.files import read_json
 from shearling.io.loading import load_stock
 from shearling.io.tensors import MemoryReader, ShardWriter
 from shearling.objectives.lm import token_losses
@@ -99,9 +100,9 @@ def prepare_data(context: Context) -> dict[str, Any]:
     vocab = context.source.anatomy.sizes["vocab"]
     tokenizer = context.source.tokenizer()
     manifest = prepare(context.recipe.data, tokenizer, vocab, context.path / "data", seed=context.recipe.seed, progress=progress)
-    for domain, facts in manifest["domains"].items():
+    for facts in manifest["domains"].values():
         for note in facts["notes"]:
-            context.show.note(f"{domain}: {note}")
+            context.show.note(note)
     return {"domains": manifest["domains"], "sequence_length": manifest["sequence_length"]}
 
 
@@ -156,9 +157,7 @@ def train(context: Context, pruned: Mapping[str, Any], source_result: Mapping[st
     config = context.recipe.train
     model = load_stock(context.path / "pruned", torch.float32, "pruned").to(context.device)
     around = _surroundings(context, "train", config, source_result["loss"], offset=pruned["steps"])
-    start = Progress(
-        np.array(pruned["weights"], np.float64), np.array(pruned["cursors"], np.int64), heldout=dict(pruned["loss"]["pruned"])
-    )
+    start = Progress(np.array(pruned["weights"], np.float64), np.array(pruned["cursors"], np.int64), heldout=dict(pruned["loss"]["pruned"]))
     prepare_model(model, context.recipe.runtime)
     progress = fit(model, config, around, start)
     model.eval()
@@ -204,9 +203,7 @@ def reference_losses(context: Context, source_losses: Mapping[str, float]) -> di
     return {domain: source_losses[domain] if given == "source" else given[domain] for domain in context.tokens.domains}
 
 
-def _surroundings(
-    context: Context, stage: str, config: FitConfig, source_losses: Mapping[str, float], offset: int = 0
-) -> Surroundings:
+def _surroundings(context: Context, stage: str, config: FitConfig, source_losses: Mapping[str, float], offset: int = 0) -> Surroundings:
     rule, domains = context.recipe.mixture, context.tokens.domains
     reference = reference_losses(context, source_losses)
 
@@ -214,9 +211,7 @@ def _surroundings(
         if reference is None:
             return weights
         found, wanted = (np.array([values[domain] for domain in domains]) for values in (losses, reference))
-        return mixture.update(
-            rule.update, weights, found, wanted, smoothing=rule.smoothing, step_size=rule.step_size, domains=domains
-        )
+        return mixture.update(rule.update, weights, found, wanted, smoothing=rule.smoothing, step_size=rule.step_size, domains=domains)
 
     return Surroundings(
         stage=stage,
@@ -249,9 +244,9 @@ def _starting_scores(
     context.show.note(f"scoring every gate on {config.calibration_sequences} sequences")
 
     def batches() -> Any:
-        for pair in ids_BT.split(2):
+        for start in range(0, len(ids_BT), 2):
             context.check_stop()
-            yield pair
+            yield ids_BT[start : start + 2]
 
     return scores.taylor(model, attachment, gates.specs, context.objective, batches())
 
@@ -284,8 +279,6 @@ def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: 
 
 
 def _pruned_config(context: Context) -> dict[str, Any]:
-    from shearling.io.files import read_json
-
     return dict(read_json(context.path / "pruned" / "config.json"))
 
 
@@ -299,8 +292,9 @@ def _export_dtype(context: Context) -> torch.dtype:
     asked = context.recipe.export.dtype
     config = context.source.config
     name = str(config.get("dtype") or config.get("torch_dtype") or "float32") if asked == "source" else asked
-    dtype = getattr(torch, name.removeprefix("torch."), None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    dtype = dtypes.get(name.removeprefix("torch."))
+    if dtype is None:
         remedy = "Set export.dtype to float32, bfloat16 or float16."
         raise ArtifactError("the source's dtype is not known", [Problem("dtype", name, remedy)])
     return dtype

@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, tiny_config, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from models import FAMILIES, tiny_config, tiny_model
 from shearling.arch.families import Anatomy, anatomy_of
 from shearling.io.tensors import MemoryReader
 from shearling.prune.gates import Gates, gate_specs

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ PER_LAYER = ("group", "query", "neuron")
 Pattern = tuple[tuple[str, ...], ...]
 
 
-@lru_cache(maxsize=None)
+@cache
 def parse_pattern(text: str) -> Pattern:
     """`"(group head_dim) hidden"` -> `(("group", "head_dim"), ("hidden",))`."""
     dimensions = tuple(tuple(part.strip("()").split()) for part in re.findall(r"\([^()]*\)|[^\s()]+", text))
@@ -82,5 +82,3 @@ def slice_tensor(tensor: Tensor, pattern: str, sizes: Mapping[str, int], keep: M
         if positions is not None:
             tensor = tensor.index_select(dim, torch.tensor(positions, dtype=torch.long, device=tensor.device))
     return tensor
-
-

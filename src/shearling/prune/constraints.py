@@ -27,7 +27,7 @@ def scheduled_sizes(gates: Gates, progress: float) -> dict[str, float]:
 
 def lagrangian(gates: Gates, progress: float) -> Tensor:
     """The constraint loss, a scalar; its gradient on the multipliers is what they ascend."""
-    total = next(iter(gates.log_alpha.values())).new_zeros(())
+    total: Tensor = next(iter(gates.log_alpha.values())).new_zeros(())
     sizes, scheduled = gates.expected_sizes(), scheduled_sizes(gates, progress)
     for axis, spec in gates.specs.items():
         excess = (scheduled[axis] - sizes[axis]) / spec.shape[-1]

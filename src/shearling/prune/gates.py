@@ -73,7 +73,7 @@ def gate_specs(source: Anatomy, target: Anatomy) -> dict[str, GateSpec]:
     for axis in PRUNABLE:
         if target.sizes[axis] == source.sizes[axis]:
             continue
-        shape = (source.sizes[axis],)
+        shape: tuple[int, ...] = (source.sizes[axis],)
         if axis == "query":
             shape = (source.sizes["group"], *shape)
         if axis in PER_LAYER:

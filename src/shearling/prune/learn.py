@@ -58,10 +58,9 @@ class GateLearner:
 
     def update(self, step: int) -> None:
         """Add the constraint's gradient and move gates and multipliers once."""
-        factor = cosine_with_warmup(step, self.steps, self.warmup, self.config.final_learning_rate)
         if self.config.constraint == "lagrangian":
             lagrangian(self.gates, self._progress(step)).backward()  # type: ignore[no-untyped-call]
-        self._optimizer.step(factor)
+        self._optimizer.step(self._factor(step))
         if self.config.constraint == "lagrangian":
             self.gates.clamp_()
 
@@ -69,9 +68,8 @@ class GateLearner:
         """{axis: logits in [-LIMIT, LIMIT] that the gates of this step are drawn from}; their gradient reaches `log_alpha`."""
         if self.config.constraint == "lagrangian":
             return dict(self.gates.log_alpha.items())
-        temperature = geometric(step, self.steps, 1.0, self.config.final_temperature)
         wanted = scheduled_sizes(self.gates, self._progress(step))
-        return {axis: project(log_alpha, wanted[axis], temperature) for axis, log_alpha in self.gates.log_alpha.items()}
+        return {axis: project(log_alpha, wanted[axis], self._temperature(step)) for axis, log_alpha in self.gates.log_alpha.items()}
 
     @torch.no_grad()
     def metrics(self, step: int) -> dict[str, Any]:
@@ -85,8 +83,7 @@ class GateLearner:
             axis: {"lambda_1": float(self.gates.lambda_1[axis].mean()), "lambda_2": float(self.gates.lambda_2[axis].mean())}
             for axis in self.gates.specs
         }
-        factor = cosine_with_warmup(max(step, 1), self.steps, self.warmup, self.config.final_learning_rate)
-        found: dict[str, Any] = {"sizes": sizes, "learning_rate": {"gates": self.config.learning_rate * factor}}
+        found: dict[str, Any] = {"sizes": sizes, "learning_rate": {"gates": self.config.learning_rate * self._factor(max(step, 1))}}
         return found | ({"multipliers": multipliers} if self.config.constraint == "lagrangian" else {})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -100,6 +97,15 @@ class GateLearner:
             for name, parameter in self.gates.named_parameters():
                 parameter.copy_(tensors[name])
         self._optimizer.load(tensors)
+
+    def _factor(self, step: int) -> float:
+        """Of the learning rates. It falls with the temperature, by which a step on the logits is divided when gates are drawn:
+        else the last steps would leap over the window in which a gate is neither open nor closed, and none would settle."""
+        factor = cosine_with_warmup(step, self.steps, self.warmup, self.config.final_learning_rate)
+        return factor * (self._temperature(step) if self.config.constraint == "projected" else 1.0)
+
+    def _temperature(self, step: int) -> float:
+        return geometric(step, self.steps, 1.0, self.config.final_temperature)
 
     def _progress(self, step: int) -> float:
         return ramp(step, round(self.config.ramp * self.steps))
@@ -151,5 +157,3 @@ class GateOptimizer:
             self._first[name].copy_(tensors[f"first/{name}"])
             self._second[name].copy_(tensors[f"second/{name}"])
         self._steps.copy_(tensors["steps"])
-
-

@@ -32,7 +32,7 @@ class FitConfig(Config):
     """Norm to which the gradient of the weights is clipped (gates are clipped apart)."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay of the weights (gates have none)."""
-    betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), strict=False)
+    betas: Annotated[tuple[Fraction, Fraction], Field(strict=False)] = (0.9, 0.95)
     """Decay of Adam's two moments."""
     evaluate_every: Count
     """Steps between held-out evaluations, each followed by an update of the mixture; there is one after the last step, too."""

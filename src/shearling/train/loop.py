@@ -111,7 +111,8 @@ def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progre
     """
     optimizer = build_optimizer(model, config)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    progress = _restore(model, optimizer, names, around, gates) or start
+    restored = _restore(model, optimizer, names, around, gates)
+    progress = restored or start
 
     def save() -> None:
         moments, scalars = checkpoint.pack_optimizer(optimizer, names)
@@ -123,15 +124,15 @@ def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progre
 
     with RunLog(around.run_dir, around.stage, after_step=progress.step, offset=around.step_offset) as log:
         if progress.step == 0:
-            if around.reweigh_first:
+            if around.reweigh_first and restored is None:
                 progress.weights = around.reweigh(progress.weights, progress.heldout)
             log.step({"step": 0, "heldout": progress.heldout, "weights": _named(around, progress.weights), "reference": around.reference})
         while progress.step < config.steps:
             if around.stop.requested:
                 save()
                 raise Stopped(
-                    f"stopped by {around.stop.requested} after step {progress.step} of {config.steps} of {around.stage}; everything is saved. "
-                    "Run the same command to go on."
+                    f"stopped by {around.stop.requested} after step {progress.step} of {config.steps} of {around.stage}; "
+                    "everything is saved. Run the same command to go on."
                 )
             began = time.perf_counter()
             weights = _named(around, progress.weights)
