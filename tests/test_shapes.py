@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -33,6 +33,7 @@ targets = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(family=st.sampled_from(FAMILIES), target=targets)
 def test_the_nearest_feasible_shape(family: str, target: Target) -> None:
     source = anatomy(family)
@@ -47,6 +48,7 @@ def test_the_nearest_feasible_shape(family: str, target: Target) -> None:
         assert all(cut[field] == size for field, size in target.model_dump().items() if size is not None)
 
 
+@settings(deadline=None)
 @given(family=st.sampled_from(("llama", "mistral")), hidden=st.integers(1, 48), heads=st.integers(1, 6), groups=st.integers(1, 3))
 def test_no_feasible_shape_is_nearer(family: str, hidden: int, heads: int, groups: int) -> None:
     """Against all shapes that differ in hidden size and heads, of which there are few."""

@@ -16,9 +16,9 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from tests.models import FAMILIES, save_tiny_source, tiny_tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
+from models import FAMILIES, save_tiny_source, tiny_tokenizer
 from shearling.errors import ArtifactError
 from shearling.sources import open_source
 

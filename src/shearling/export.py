@@ -22,6 +22,7 @@ from shearling.io.files import (
 )
 from shearling.io.loading import NOT_OURS, load_stock
 from shearling.io.tensors import ShardWriter
+from shearling.prune.verify import difference_of, require_equal
 
 if TYPE_CHECKING:
     import torch
@@ -140,16 +141,10 @@ def save_model(
 
 def compare_logits(expected: Tensor, found: Tensor, dtype: torch.dtype) -> float:
     """Largest difference relative to the range of `expected` (both [batch, position, vocab]); `NumericsError` beyond tolerance."""
-    expected, found = expected.double(), found.to(expected.device).double()
-    spread = float(expected.max() - expected.min())
-    difference = float((expected - found).abs().max()) / (spread or 1.0)
+    difference = difference_of(expected, found)
     tolerance = TOLERANCE.get(str(dtype).removeprefix("torch."), TOLERANCE_ELSE)
-    if not difference <= tolerance:  # so that NaN does not pass
-        raise NumericsError(
-            f"logits of the model and of what was written differ by {difference:.3g} of their range, where {tolerance:g} is allowed;"
-            " nothing was published. This is a bug unless the weights are not finite"
-        )
-    return difference
+    require_equal(difference, tolerance, "the model and what was written of it")
+    return difference.relative_difference
 
 
 def _compare_weights(model: PreTrainedModel, reloaded: PreTrainedModel, dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shearling.arch.axes import count, dimensions, kept_positions, parse_pattern, slice_tensor
@@ -79,6 +79,7 @@ def reference(tensor: np.ndarray, pattern: str, sizes: dict[str, int], keep: dic
     return whole.reshape([prod(whole.shape[end - len(dimension) : end]) for end, dimension in zip(ends, split, strict=True)])
 
 
+@settings(deadline=None)
 @given(choice=choices(), pattern=st.sampled_from(PATTERNS))
 def test_slices_are_those_of_the_reference(choice: tuple[dict[str, int], dict[str, Any]], pattern: str) -> None:
     sizes, keep = choice

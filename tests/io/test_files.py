@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.faults import in_child_killed_at
 
+from faults import in_child_killed_at
 from shearling.errors import ArtifactError, OutputError, StorageError
 from shearling.io.files import (
     RunLock,

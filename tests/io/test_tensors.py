@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models import FAMILIES, tiny_config, tiny_model
 
+from models import FAMILIES, tiny_config, tiny_model
 from shearling.arch.families import anatomy_of
 from shearling.errors import ArtifactError, ShearlingError, StorageError
 from shearling.io.tensors import MemoryReader, ShardWriter, TensorReader, check_tensors, read_header, write_tensors

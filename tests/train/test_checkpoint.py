@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from tests.faults import in_child_killed_at
 
+from faults import in_child_killed_at
 from shearling.errors import ArtifactError, StorageError
 from shearling.train import checkpoint
 from shearling.train.checkpoint import load, pack_optimizer, save, steps, unpack_optimizer
@@ -186,13 +186,14 @@ def test_killed_at_any_filesystem_call_leaves_old_or_new(tmp_path: Path, again: 
 
 def test_disk_full_keeps_the_old_and_leaves_no_rubbish(tmp_path: Path) -> None:
     save(tmp_path, 10, tensors(1), {})
+    large = {"w": torch.zeros(100_000)}  # made before the fork: torch's threads do not survive one
     pid = os.fork()
     if pid == 0:
         import resource
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         try:
-            save(tmp_path, 20, {"w": torch.zeros(100_000)}, {})
+            save(tmp_path, 20, large, {})
         except StorageError as error:
             os._exit(6 if "400" in str(error) and error.exit_code == 6 else 1)
         finally:

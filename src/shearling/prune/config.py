@@ -23,10 +23,10 @@ class GateConfig(Config):
     """Training sequences on which Taylor importance is measured; they count as tokens of pruning."""
     constraint: Literal["projected", "lagrangian"] = "projected"
     """How gates are held to the ramp: shifted to the scheduled count at every step, or by learned multipliers (the paper's)."""
-    ramp: Fraction = 0.2
-    """Share of the steps over which the scheduled sizes go from the source's to the target's."""
-    learning_rate: Rate = 1.0
-    """Peak learning rate of the logits."""
+    ramp: Fraction = 0.5
+    """Share of the steps over which the scheduled sizes go from the source's to the target's; the paper has 0.2 of 3,200 steps."""
+    learning_rate: Rate | None = None
+    """Peak learning rate of the logits; left out, so much that a logit can cross its whole range once over the schedule."""
     multiplier_learning_rate: Rate = 1.0
     """Peak learning rate of the multipliers."""
     final_learning_rate: Fraction = 0.1
@@ -37,5 +37,5 @@ class GateConfig(Config):
     """Scale of the hard-concrete noise at the first step; 1 is the paper's."""
     final_noise: Rate = 0.0
     """Scale of the noise at the last step."""
-    final_temperature: Annotated[float, Field(gt=0, le=1)] = 0.1
+    final_temperature: Annotated[float, Field(gt=0, le=1)] = 0.03
     """With `projected`: what the logits are divided by at the last step; they start divided by 1."""

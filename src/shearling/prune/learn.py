@@ -32,8 +32,9 @@ class GateLearner:
     def __init__(self, gates: Gates, attachment: Attachment, config: GateConfig, *, steps: int, warmup: int, seed: int) -> None:
         self.gates, self.attachment, self.config = gates, attachment, config
         self.steps, self.warmup, self.seed = steps, warmup, seed
+        self.learning_rate = 2 * LIMIT / max(steps, 1) if config.learning_rate is None else config.learning_rate
         self._generator = torch.Generator()
-        self._optimizer = GateOptimizer(gates, config)
+        self._optimizer = GateOptimizer(gates, self.learning_rate, config)
 
     def start_from(self, scores: Mapping[str, Tensor]) -> None:
         """Starting logits by rank of the score inside each vector, all of them open."""
@@ -83,7 +84,7 @@ class GateLearner:
             axis: {"lambda_1": float(self.gates.lambda_1[axis].mean()), "lambda_2": float(self.gates.lambda_2[axis].mean())}
             for axis in self.gates.specs
         }
-        found: dict[str, Any] = {"sizes": sizes, "learning_rate": {"gates": self.config.learning_rate * self._factor(max(step, 1))}}
+        found: dict[str, Any] = {"sizes": sizes, "learning_rate": {"gates": self.learning_rate * self._factor(max(step, 1))}}
         return found | ({"multipliers": multipliers} if self.config.constraint == "lagrangian" else {})
 
     def tensors(self) -> dict[str, Tensor]:
@@ -118,8 +119,8 @@ class GateOptimizer:
     one for each logit, as the original has, every gate moves by the full learning rate however little it matters.
     """
 
-    def __init__(self, gates: Gates, config: GateConfig, betas: tuple[float, float] = (0.9, 0.95)) -> None:
-        self.config, self.betas = config, betas
+    def __init__(self, gates: Gates, learning_rate: float, config: GateConfig, betas: tuple[float, float] = (0.9, 0.95)) -> None:
+        self.learning_rate, self.config, self.betas = learning_rate, config, betas
         self._parameters = dict(gates.named_parameters())
         self._first = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
         self._second = {name: torch.zeros_like(parameter) for name, parameter in self._parameters.items()}
@@ -143,7 +144,7 @@ class GateOptimizer:
             second.lerp_(square, 1 - self.betas[1])
             update = first / (1 - self.betas[0] ** count)
             update /= (second / (1 - self.betas[1] ** count)).sqrt() + 1e-12
-            rate = -self.config.learning_rate if is_gate else self.config.multiplier_learning_rate
+            rate = -self.learning_rate if is_gate else self.config.multiplier_learning_rate
             parameter.add_(update, alpha=rate * factor)
 
     def tensors(self) -> dict[str, Tensor]:

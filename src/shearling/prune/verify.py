@@ -34,20 +34,25 @@ def masked_logits(model: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor
 
 @torch.inference_mode()
 def compare_logits(cut: nn.Module, expected_BTV: Tensor, ids_BT: Tensor) -> Difference:
-    """Compare a cut model with logits computed before. NaN counts as an infinite difference."""
-    found = _logits(cut, ids_BT)
-    largest = float((found - expected_BTV).abs().nan_to_num(nan=float("inf")).max())
-    spread = float(expected_BTV.max() - expected_BTV.min())
-    return Difference(largest, largest / max(spread, 1e-30))
+    """Compare a cut model with logits computed before."""
+    return difference_of(expected_BTV, _logits(cut, ids_BT))
 
 
-def require_equal(difference: Difference, tolerance: float = TOLERANCE) -> None:
+def difference_of(expected: Tensor, found: Tensor) -> Difference:
+    """How far `found` is from `expected`, both [B, T, V]; NaN counts as an infinite difference."""
+    expected, found = expected.double(), found.to(expected.device).double()
+    largest = float((found - expected).abs().nan_to_num(nan=float("inf")).max())
+    spread = float(expected.max() - expected.min())
+    return Difference(largest, largest / (spread or 1.0))
+
+
+def require_equal(difference: Difference, tolerance: float = TOLERANCE, what: str = "the gated model and the cut model") -> None:
     """Raise `NumericsError` where the difference is more than the tolerance."""
     if not difference.relative_difference <= tolerance:
         raise NumericsError(
-            f"the cut model does not compute what the gated model did: logits differ by {difference.max_abs_logit_difference:.3g}, "
-            f"{difference.relative_difference:.3g} of their range, where {tolerance:g} is allowed. Nothing was published. "
-            "The plan or the weights were changed between pruning and cutting: prune again."
+            f"{what} do not compute the same: logits differ by {difference.max_abs_logit_difference:.3g}, "
+            f"{difference.relative_difference:.3g} of their range, where {tolerance:g} is allowed; nothing was published. "
+            "This is a bug, unless weights or plan were changed in between"
         )
 
 
