@@ -233,6 +233,16 @@ def test_an_evaluation_on_text_of_another_model(run: Command, good: dict[str, An
     assert code == 3 and "not a run directory" in message
 
 
+@pytest.mark.parametrize("stage", ["prune", "train"])
+def test_numbers_that_go_wrong(run: Command, good: dict[str, Any], stage: str) -> None:
+    """A learning rate that blows the weights up: the run ends before a model that is not finite gets a name."""
+    recipe = good | {stage: good[stage] | {"learning_rate": 1e30}}
+    run.folder.joinpath("recipe.yaml").write_text(json.dumps(recipe))
+    code, message = run("run", str(run.folder / "recipe.yaml"), "--out", str(run.out))
+    assert code == 4 and "step" in message and "learning rate" in message and message.count("error:") == 1, message
+    assert not (run.out / "model").exists() and (run.out / "pruned").exists() is (stage == "train")
+
+
 @pytest.mark.parametrize(("limit", "leaves"), [(500, set()), (8_000, set()), (60_000, {"data"})])
 def test_a_full_disk(good: dict[str, Any], tmp_path: Path, limit: int, leaves: set[str]) -> None:
     """No file may grow beyond `limit` bytes: of the recipe, of the token shards, of the weights."""

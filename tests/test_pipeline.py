@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import shearling
@@ -148,6 +149,16 @@ def test_what_a_run_directory_holds(finished: Path) -> None:
     assert len(plan["keep"]["hidden"]) == 36 and len(plan["keep"]["layer"]) == 2
     page = (finished / "report.html").read_text()
     assert "<html" in page and "http://" not in page.replace("http://www.w3.org", "") and 'src="https' not in page
+
+
+def test_training_goes_on_where_pruning_ended(finished: Path) -> None:
+    """In the text, of which every sequence drawn counts, and in the steps of TensorBoard."""
+    report = json.loads((finished / "report.json").read_text())
+    sequences = {name: facts["train_sequences"] for name, facts in report["data"]["domains"].items()}
+    used = sum(report["epochs"][name] * sequences[name] for name in DOMAINS)
+    assert used == pytest.approx((12 + 10) * 8, abs=0.001 * sum(sequences.values()))
+    events = EventAccumulator(str(finished / "events")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == list(range(1, 23))
 
 
 def test_running_again_does_nothing(finished: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +304,7 @@ def test_the_mixture_follows_its_rule(update: str, values: dict[str, Any], tmp_p
     changed = json.loads(json.dumps(values))
     for name, weight in (("a", 3.0), ("b", 1.0)):
         changed["data"]["domains"][name] = {"train": values["data"]["domains"][name], "weight": weight}
-    reference = {"a": 9.5, "b": 8.2}  # a comes below its own, b stays above
+    reference = {"a": 9.5, "b": 6.0}  # a comes below its own, b stays above
     changed |= {"mixture": {"update": update, "reference": reference, "step_size": 0.3, "smoothing": 0.02}}
     shearling.train(changed, tmp_path / "run")
     lines = metrics(tmp_path / "run")

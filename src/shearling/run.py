@@ -100,7 +100,8 @@ class RunDirectory:
 
     def _ledger(self, stage: str) -> Path:
         folder = self.path / "stages"
-        folder.mkdir(exist_ok=True)
+        with storage_errors(folder):
+            folder.mkdir(exist_ok=True)
         return folder / f"{stage}.json"
 
     def _match_recipe(self) -> None:

@@ -37,5 +37,7 @@ class GateConfig(Config):
     """Scale of the hard-concrete noise at the first step; 1 is the paper's."""
     final_noise: Rate = 0.0
     """Scale of the noise at the last step."""
-    final_temperature: Annotated[float, Field(gt=0, le=1)] = 0.03
-    """With `projected`: what the logits are divided by at the last step; they start divided by 1."""
+    temperature: Annotated[float, Field(gt=0, le=10)] = 0.3
+    """With `projected`: what the logits are divided by at the first step; less means fewer gates half open."""
+    final_temperature: Annotated[float, Field(gt=0, le=10)] = 0.02
+    """With `projected`: the same at the last step, small enough that nearly all gates end at 0 or 1."""

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from shearling.prune.gates import LIMIT, Gates, expected_open
 
-_BISECTIONS = 40
-"""Halvings of the interval of the shift: beyond fp32's 24 bits, with room for intervals that begin wide."""
+_BISECTIONS = 30
+"""Halvings of the interval of the shift: beyond fp32's 24 bits."""
 
 
 def scheduled_sizes(gates: Gates, progress: float) -> dict[str, float]:
@@ -38,19 +38,26 @@ def lagrangian(gates: Gates, progress: float) -> Tensor:
 def project(log_alpha: Tensor, wanted: float, temperature: float) -> Tensor:
     """Shift every vector (last dimension) so that its expected count is `wanted`, after division by `temperature`.
 
-    Returns logits in [-LIMIT, LIMIT], of the shape of `log_alpha`. The expected count falls with the shift, so bisection finds it.
-    The gradient passes to `log_alpha` as if the shift were given and nothing were clipped: a gate at the limit can come back.
+    Returns logits in [-LIMIT, LIMIT], of the shape of `log_alpha`. The gradient passes to `log_alpha` as if the shift were given
+    and nothing were clipped: a gate at the limit can come back.
     """
-    with torch.no_grad():
-        reach = float(log_alpha.abs().max()) + (LIMIT + 1.0) * temperature
-        low, high = (torch.full_like(log_alpha[..., :1], side) for side in (-reach, reach))
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            too_many = _shifted(log_alpha, middle, temperature).sum(-1, keepdim=True) > wanted
-            low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
-    scaled = (log_alpha - (low + high) / 2) / temperature
+    return shifted(log_alpha, shift_for(log_alpha, wanted, temperature), temperature)
+
+
+@torch.no_grad()
+def shift_for(log_alpha: Tensor, wanted: float, temperature: float) -> Tensor:
+    """The shift of every vector that `project` subtracts, with a last dimension of 1; the count falls with it, so bisection finds it."""
+    reach = log_alpha.abs().max() + (LIMIT + 1.0) * temperature
+    low = torch.zeros_like(log_alpha[..., :1]) - reach
+    high = low + 2 * reach
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        count = expected_open(((log_alpha - middle) / temperature).clamp(-LIMIT, LIMIT)).sum(-1, keepdim=True)
+        low, high = torch.where(count > wanted, middle, low), torch.where(count > wanted, high, middle)
+    return (low + high) / 2
+
+
+def shifted(log_alpha: Tensor, shift: Tensor, temperature: float) -> Tensor:
+    """Logits after a shift, see `project`."""
+    scaled = (log_alpha - shift) / temperature
     return scaled + (scaled.clamp(-LIMIT, LIMIT) - scaled).detach()
-
-
-def _shifted(log_alpha: Tensor, shift: Tensor, temperature: float) -> Tensor:
-    return expected_open(((log_alpha - shift) / temperature).clamp(-LIMIT, LIMIT))

@@ -34,6 +34,8 @@ EPSILON = 1e-6
 ZERO_EDGE = BETA * math.log(-GAMMA / ZETA)
 """log_alpha at or under which a gate without noise is exactly 0 (-1.5986); over its negative it is exactly 1."""
 
+_CLOSED_COUNT, _OPEN_COUNT = (1 / (1 + math.exp(ZERO_EDGE - limit)) for limit in (-LIMIT, LIMIT))
+
 
 def gate_values(log_alpha: Tensor, uniform: Tensor | None = None, noise: float = 1.0) -> Tensor:
     """Gates z in [0, 1], of the shape of `log_alpha`; without `uniform` (or noise) the median gate, which has no randomness."""
@@ -54,8 +56,7 @@ def expected_open(log_alpha: Tensor) -> Tensor:
     At the clamp P(z != 0) is 0.998 or 0.047, so with the unscaled count finished gates at the target violate the constraint,
     and some gates have to stay half open to meet it (the original's floor). Scaled, finished gates at the target satisfy it.
     """
-    low, high = (float(probability_open(torch.tensor(limit, dtype=torch.float64))) for limit in (-LIMIT, LIMIT))
-    return (probability_open(log_alpha) - low) / (high - low)
+    return (probability_open(log_alpha) - _CLOSED_COUNT) / (_OPEN_COUNT - _CLOSED_COUNT)
 
 
 @dataclass(frozen=True)

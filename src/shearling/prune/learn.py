@@ -13,17 +13,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shearling.prune.attach import Attachment
 from shearling.prune.config import GateConfig
-from shearling.prune.constraints import lagrangian, project, scheduled_sizes
+from shearling.prune.constraints import lagrangian, scheduled_sizes, shift_for, shifted
 from shearling.prune.gates import LIMIT, Gates, expected_open, gate_values
 from shearling.prune.scores import ranks
 from shearling.schedules import cosine_with_warmup, geometric, ramp
-
-_GENERATOR_STRIDE = 1 << 20  # microbatches of one step that keep their noise apart
 
 
 class GateLearner:
@@ -35,6 +34,7 @@ class GateLearner:
         self.learning_rate = 2 * LIMIT / max(steps, 1) if config.learning_rate is None else config.learning_rate
         self._generator = torch.Generator()
         self._optimizer = GateOptimizer(gates, self.learning_rate, config)
+        self._shifts: tuple[int, dict[str, Tensor]] | None = None  # (step, shift of every vector), until the logits move
 
     def start_from(self, scores: Mapping[str, Tensor]) -> None:
         """Starting logits by rank of the score inside each vector, all of them open."""
@@ -42,12 +42,13 @@ class GateLearner:
             for axis, log_alpha in self.gates.log_alpha.items():
                 low = self.config.start_low
                 log_alpha.copy_(low + (LIMIT - low) * ranks(scores[axis]))
+        self._shifts = None
 
     def draw(self, step: int, microbatch: int) -> None:
         """Set fresh gates for this microbatch."""
         config, masks = self.config, {}
         noise = geometric(step, self.steps, config.noise, config.final_noise)
-        self._generator.manual_seed(((self.seed << 32) + step) * _GENERATOR_STRIDE % (1 << 63) + microbatch)
+        self._generator.manual_seed(int(np.random.SeedSequence([self.seed, step, microbatch]).generate_state(1, np.uint64)[0]))
         for axis, logits in self.logits(step).items():
             masks[axis] = gate_values(logits, self.gates.uniform(axis, self._generator) if noise > 0 else None, noise)
         self.attachment.set(masks)
@@ -62,6 +63,7 @@ class GateLearner:
         if self.config.constraint == "lagrangian":
             lagrangian(self.gates, self._progress(step)).backward()  # type: ignore[no-untyped-call]
         self._optimizer.step(self._factor(step))
+        self._shifts = None
         if self.config.constraint == "lagrangian":
             self.gates.clamp_()
 
@@ -69,8 +71,10 @@ class GateLearner:
         """{axis: logits in [-LIMIT, LIMIT] that the gates of this step are drawn from}; their gradient reaches `log_alpha`."""
         if self.config.constraint == "lagrangian":
             return dict(self.gates.log_alpha.items())
-        wanted = scheduled_sizes(self.gates, self._progress(step))
-        return {axis: project(log_alpha, wanted[axis], self._temperature(step)) for axis, log_alpha in self.gates.log_alpha.items()}
+        if self._shifts is None or self._shifts[0] != step:
+            wanted, temperature = scheduled_sizes(self.gates, self._progress(step)), self._temperature(step)
+            self._shifts = step, {axis: shift_for(x, wanted[axis], temperature) for axis, x in self.gates.log_alpha.items()}
+        return {axis: shifted(x, self._shifts[1][axis], self._temperature(step)) for axis, x in self.gates.log_alpha.items()}
 
     @torch.no_grad()
     def metrics(self, step: int) -> dict[str, Any]:
@@ -98,6 +102,7 @@ class GateLearner:
             for name, parameter in self.gates.named_parameters():
                 parameter.copy_(tensors[name])
         self._optimizer.load(tensors)
+        self._shifts = None
 
     def _factor(self, step: int) -> float:
         """Of the learning rates. It falls with the temperature, by which a step on the logits is divided when gates are drawn:
@@ -106,7 +111,7 @@ class GateLearner:
         return factor * (self._temperature(step) if self.config.constraint == "projected" else 1.0)
 
     def _temperature(self, step: int) -> float:
-        return geometric(step, self.steps, 1.0, self.config.final_temperature)
+        return geometric(step, self.steps, self.config.temperature, self.config.final_temperature)
 
     def _progress(self, step: int) -> float:
         return ramp(step, round(self.config.ramp * self.steps))

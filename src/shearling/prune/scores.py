@@ -5,15 +5,16 @@ A score is a function of the gated model and some calibration sequences, and giv
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
 
-from shearling.objectives.lm import Objective
 from shearling.prune.attach import Attachment
 from shearling.prune.gates import GateSpec
 
+Objective = Callable[[nn.Module, Tensor], Tensor]
+"""(model, token ids [B, T]) -> losses of any shape; their mean is scored by."""
 Scores = dict[str, Tensor]
 
 

@@ -1,0 +1,161 @@
+"""Recipes: read, checked within a second without torch, written and read again, and compared."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shearling.errors import ConfigError
+from shearling.recipe import Recipe, differences, dump_recipe, load_recipe
+
+VALUES: dict[str, Any] = {
+    "source": "owner/model",
+    "target": {"hidden_size": 36},
+    "data": {"domains": {"web": "web.jsonl", "code": ["a.py", "b.py"]}, "sequence_length": 64},
+}
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def test_the_least_recipe_has_the_papers_defaults() -> None:
+    recipe = load_recipe(VALUES)
+    assert (recipe.prune.steps, recipe.prune.batch_size, recipe.prune.learning_rate, recipe.prune.clip) == (3200, 32, 1e-4, 1.0)
+    assert (recipe.train.steps, recipe.train.batch_size, recipe.train.warmup) == (48000, 256, 0.03)
+    assert recipe.prune.betas == (0.9, 0.95) and recipe.prune.weight_decay == 0
+    assert (recipe.mixture.update, recipe.mixture.reference, recipe.mixture.smoothing) == ("paper", "source", 1e-4)
+    assert recipe.target is not None and recipe.target.hidden_size == 36 and recipe.target.num_hidden_layers is None
+
+
+def test_every_default_is_sound() -> None:
+    """pydantic checks them, since `validate_default` is on; so a changed default that breaks its own rule is seen."""
+    assert load_recipe(load_recipe(VALUES).model_dump(mode="json")) == load_recipe(VALUES)
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "words"),
+    [
+        ({"sead": 3}, "sead", ("'seed'",)),
+        ({"prune": {"gates": {"learning_rat": 1.0}}}, "prune.gates.learning_rat", ("'learning_rate'",)),
+        ({"prune": {"steps": 10.5}}, "prune.steps", ("10.5",)),
+        ({"prune": {"learning_rate": "1e-4"}}, "prune.learning_rate", ("'1e-4'",)),
+        ({"train": {"learning_rate": float("nan")}}, "train.learning_rate", ("nan", "finite")),
+        ({"train": {"warmup": 1.5}}, "train.warmup", ("1.5",)),
+        ({"train": {"batch_size": 10, "microbatches": 4}}, "train", ("10", "4", "multiple")),
+        ({"mixture": {"update": "static?"}}, "mixture.update", ("'static?'",)),
+        ({"runtime": {"precision": "fp16"}}, "runtime.precision", ("'fp16'",)),
+        ({"runtime": {"keep_checkpoints": 1}}, "runtime.keep_checkpoints", ("1",)),
+        ({"seed": -1}, "seed", ("-1",)),
+        ({"seed": 2**32}, "seed", (str(2**32),)),
+        ({"source": ""}, "source", ("''",)),
+        ({"target": {"hidden_size": "36"}}, "target.hidden_size", ("'36'",)),
+        ({"target": {"head_dim": 8}}, "target.head_dim", ("unknown key",)),
+        ({"data": {"domains": {}}}, "data.domains", ("{}",)),
+        ({"mixture": {"reference": {"web": 2.0}}}, "recipe", ("web", "code")),
+    ],
+)
+def test_what_is_refused(change: dict[str, Any], field: str, words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_recipe(VALUES | change)
+    (problem,) = refused.value.problems
+    assert problem.field == field
+    for word in words:
+        assert word in str(refused.value)
+
+
+def test_all_problems_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        load_recipe({"target": {"hidden": 3}, "data": {"domains": {"a": ""}}, "prune": {"steps": "x"}, "train": {"clip": 0}, "sed": 1})
+    fields = {problem.field for problem in refused.value.problems}
+    assert fields >= {"source", "target.hidden", "prune.steps", "train.clip", "sed"} and any(f.startswith("data.domains.a") for f in fields)
+
+
+def test_yaml_overrides_and_paths(tmp_path: Path) -> None:
+    """Relative paths start from the recipe's folder; a hub id stays one; 1e-4 is a number."""
+    text = "source: owner/model\ndata: {domains: {web: web.jsonl}}\nprune: {learning_rate: 1e-4}\n"
+    recipe = load_recipe(write(tmp_path / "r.yaml", text), ["train.steps=7", "target.hidden_size=24", "mixture.update=static"])
+    assert recipe.source == "owner/model" and recipe.prune.learning_rate == 1e-4
+    assert recipe.data.domains["web"].train == [str(tmp_path / "web.jsonl")]
+    assert recipe.train.steps == 7 and recipe.target is not None and recipe.target.hidden_size == 24
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    assert load_recipe(tmp_path / "r.yaml").source == str(tmp_path / "owner" / "model")
+    assert load_recipe(tmp_path / "r.yaml", ["source=./elsewhere"]).source == str(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match=r"train\.stepz.*steps"):
+        load_recipe(tmp_path / "r.yaml", ["train.stepz=7"])
+
+
+def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="'steps' appears twice"):
+        load_recipe(write(tmp_path / "r.yaml", "source: a\nprune: {steps: 3, steps: 4}\n"))
+
+
+def test_written_and_read_again(tmp_path: Path) -> None:
+    recipe = load_recipe(VALUES, ["prune.betas=[0.8, 0.9]", "mixture.reference={web: 2, code: 3.5}", "seed=4294967295"])
+    assert load_recipe(write(tmp_path / "r.yaml", dump_recipe(recipe))) == recipe
+    assert load_recipe(recipe) == recipe
+    assert not differences(recipe, load_recipe(tmp_path / "r.yaml"))
+    for field in Recipe.model_fields:
+        assert f"\n{field}:" in "\n" + dump_recipe(recipe)
+
+
+def test_every_field_is_documented() -> None:
+    def check(model: Any) -> int:
+        fields = 0
+        for name, field in model.model_fields.items():
+            assert field.description, f"{model.__name__}.{name}"
+            inner = field.annotation
+            fields += 1 + (check(inner) if isinstance(inner, type) and hasattr(inner, "model_fields") else 0)
+        return fields
+
+    assert check(Recipe) > 40
+
+
+def test_differences() -> None:
+    before = load_recipe(VALUES)
+    after = load_recipe(VALUES, ["seed=3", "prune.gates.start=random", "target=null"])
+    assert differences(before, after) == [
+        ("prune.gates.start", '"taylor"', '"random"'),
+        ("seed", "17", "3"),
+        ("target.hidden_size", "36", "nothing"),
+    ]
+    free = ["runtime.threads=2", "runtime.save_every=5", "runtime.keep_checkpoints=4"]
+    assert differences(before, load_recipe(VALUES, free)) == []
+    assert [field for field, _, _ in differences(before, load_recipe(VALUES, ["runtime.precision=float32"]))] == ["runtime.precision"]
+    grown = load_recipe({**VALUES, "data": {**VALUES["data"], "domains": {**VALUES["data"]["domains"], "new": "n.txt"}}})
+    assert {field.split(".")[2] for field, _, _ in differences(before, grown)} == {"new"}
+
+
+CHECK = """
+import json, sys, time
+from shearling.errors import ConfigError, ShapeError
+began = time.perf_counter()
+import shearling
+try:
+    shearling.run(json.loads(sys.argv[1]), sys.argv[2])
+except (ConfigError, ShapeError) as error:
+    print(json.dumps([type(error).__name__, time.perf_counter() - began, sorted({"torch", "transformers", "numpy"} & set(sys.modules))]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [({"prune": {"steps": "x"}}, "ConfigError"), ({"target": {"hidden_size": 10**6}}, "ShapeError")],
+)
+def test_a_mistake_is_found_within_a_second_and_without_torch(change: dict[str, Any], error: str, tmp_path: Path) -> None:
+    sizes = {"num_hidden_layers": 3, "hidden_size": 48, "num_attention_heads": 6, "intermediate_size": 40, "vocab_size": 96}
+    write(tmp_path / "config.json", json.dumps({"model_type": "llama", **sizes}))
+    values = VALUES | {"source": str(tmp_path)} | change
+    runs = []
+    for _ in range(3):  # the machine may be busy with something else
+        arguments = [sys.executable, "-c", CHECK, json.dumps(values), str(tmp_path / "out")]
+        runs.append(json.loads(subprocess.run(arguments, capture_output=True, text=True, check=True).stdout))
+    assert all(kind == error and not heavy for kind, _, heavy in runs), runs
+    assert min(seconds for _, seconds, _ in runs) < 1, runs
+    assert not (tmp_path / "out").exists()
