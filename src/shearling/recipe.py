@@ -93,7 +93,9 @@ RecipeLike = Recipe | Mapping[str, Any] | str | Path
 
 
 def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe; `overrides` are `a.b=c` assignments. Relative paths start from the recipe's folder.
+    """Read and check a recipe; `overrides` are `a.b=c` assignments.
+
+    Relative paths start from the recipe's folder; `source` and `data.root` given as overrides, from the current one.
 
     Raises one `ConfigError` that names every problem with field, value found and remedy.
     """
@@ -104,10 +106,13 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
     else:
         values, base, where = read_yaml(recipe), Path(recipe).resolve().parent, str(recipe)
     parsed = parse(Recipe, override(values, overrides), where)
+    overridden = {assignment.partition("=")[0].strip() for assignment in overrides}
     source = parsed.source
-    if (base / Path(source).expanduser()).exists() or source.startswith((".", "/", "~")):
-        source = str((base / Path(source).expanduser()).absolute())
-    return parsed.model_copy(update={"source": source, "data": parsed.data.resolved(base)})
+    path = (Path.cwd() if "source" in overridden else base) / Path(source).expanduser()
+    if path.exists() or source.startswith((".", "/", "~")):
+        source = str(path.absolute())
+    data = parsed.data.resolved(Path.cwd() if "data.root" in overridden else base)
+    return parsed.model_copy(update={"source": source, "data": data})
 
 
 def dump_recipe(recipe: Recipe) -> str:

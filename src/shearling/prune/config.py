@@ -18,7 +18,7 @@ class GateConfig(Config):
     start: Literal["taylor", "random", "constant"] = "taylor"
     """Starting logits: by rank of first-order Taylor importance, by chance, or all alike (the paper's)."""
     start_low: Annotated[float, Field(ge=-4.6, le=4.6)] = 1.6
-    """Starting logit of the least important gate; the most important one starts at the limit, 4.605."""
+    """Starting logit of the least important gate; the most important starts at the limit, 4.605. `projected` feels the spread alone."""
     calibration_sequences: Annotated[int, Field(ge=1)] = 32
     """Training sequences on which Taylor importance is measured; they count as tokens of pruning."""
     constraint: Literal["projected", "lagrangian"] = "projected"

@@ -39,7 +39,7 @@ def project(log_alpha: Tensor, wanted: float, temperature: float) -> Tensor:
     """Shift every vector (last dimension) so that its expected count is `wanted`, after division by `temperature`.
 
     Returns logits in [-LIMIT, LIMIT], of the shape of `log_alpha`. The gradient passes to `log_alpha` as if the shift were given
-    and nothing were clipped: a gate at the limit can come back.
+    and nothing were clipped, so with noise a gate at the limit can come back.
     """
     return shifted(log_alpha, shift_for(log_alpha, wanted, temperature), temperature)
 

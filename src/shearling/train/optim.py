@@ -35,6 +35,9 @@ def prepare_model(model: nn.Module, runtime: RuntimeConfig) -> None:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
     if runtime.compile:
         model.compile()
+    for module in model.modules():  # the method has no dropout, and its noise would not be a function of the step
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     model.train()
 
 
