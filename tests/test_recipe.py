@@ -77,8 +77,8 @@ def test_all_problems_at_once() -> None:
     assert fields >= {"source", "target.hidden", "prune.steps", "train.clip", "sed"} and any(f.startswith("data.domains.a") for f in fields)
 
 
-def test_yaml_overrides_and_paths(tmp_path: Path) -> None:
-    """Relative paths start from the recipe's folder; a hub id stays one; 1e-4 is a number."""
+def test_yaml_overrides_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths start from the recipe's folder, overridden ones from the current; a hub id stays one; 1e-4 is a number."""
     text = "source: owner/model\ndata: {domains: {web: web.jsonl}}\nprune: {learning_rate: 1e-4}\n"
     recipe = load_recipe(write(tmp_path / "r.yaml", text), ["train.steps=7", "target.hidden_size=24", "mixture.update=static"])
     assert recipe.source == "owner/model" and recipe.prune.learning_rate == 1e-4
@@ -86,7 +86,13 @@ def test_yaml_overrides_and_paths(tmp_path: Path) -> None:
     assert recipe.train.steps == 7 and recipe.target is not None and recipe.target.hidden_size == 24
     (tmp_path / "owner" / "model").mkdir(parents=True)
     assert load_recipe(tmp_path / "r.yaml").source == str(tmp_path / "owner" / "model")
-    assert load_recipe(tmp_path / "r.yaml", ["source=./elsewhere"]).source == str(tmp_path / "elsewhere")
+    write(tmp_path / "other.yaml", text.replace("owner/model", "./elsewhere"))
+    assert load_recipe(tmp_path / "other.yaml").source == str(tmp_path / "elsewhere")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    found = load_recipe(tmp_path / "r.yaml", ["source=./elsewhere", "data.root=text"])
+    assert found.source == str(tmp_path / "here" / "elsewhere")
+    assert found.data.domains["web"].train == [str(tmp_path / "here" / "text" / "web.jsonl")]
     with pytest.raises(ConfigError, match=r"train\.stepz.*steps"):
         load_recipe(tmp_path / "r.yaml", ["train.stepz=7"])
 

@@ -37,7 +37,7 @@ def prepare_model(model: nn.Module, runtime: RuntimeConfig) -> None:
         model.compile()
     for module in model.modules():  # the method has no dropout, and its noise would not be a function of the step
         if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
+            module.attention_dropout = 0.0  # type: ignore[assignment]
     model.train()
 
 
