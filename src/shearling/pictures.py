@@ -167,8 +167,9 @@ def size_pictures(metrics: Metrics) -> dict[str, Picture]:
 
 
 def multiplier_pictures(metrics: Metrics) -> dict[str, Picture]:
-    """The two Lagrange multipliers over the prune stage, a line for each axis."""
+    """What holds the gates to the ramp over the prune stage, a picture for each kind (lambda_1, ..., or shift), a line for each axis."""
     names = list(dict.fromkeys(axis for line in metrics for axis in line.get("multipliers") or {}))
+    kinds = list(dict.fromkeys(kind for line in metrics for values in (line.get("multipliers") or {}).values() for kind in values))
     legend = tuple(Mark(name, _css(_line(i)[0]), _border(i)) for i, name in enumerate(names))
 
     def picture(which: str) -> Picture:
@@ -180,7 +181,7 @@ def multiplier_pictures(metrics: Metrics) -> dict[str, Picture]:
 
         return Picture(_svg(which, SMALL, draw), legend)
 
-    return {which: picture(which) for which in ("lambda_1", "lambda_2")} if names else {}
+    return {which: picture(which) for which in kinds}
 
 
 def heads_picture(plan: Mapping[str, Any]) -> Picture | None:

@@ -172,8 +172,8 @@ def _sizes(metrics: pictures.Metrics) -> str:
     )
     multipliers = {which.replace("_", " "): picture for which, picture in pictures.multiplier_pictures(metrics).items()}
     how_multipliers = (
-        "The Lagrange multipliers, a line for each axis: lambda 1 weighs the distance from the ramp, lambda 2 its square. "
-        "They grow while the sizes are off and come to rest when they agree."
+        "What holds the gates to the ramp, a line for each axis. Lagrange multipliers: lambda 1 weighs the distance from the ramp, "
+        "lambda 2 its square; they grow while the sizes are off. Projected gates: the shift of an axis' logits that meets the ramp."
     )
     return _panels(sizes, how, "No sizes have been logged: the run has not pruned yet.") + _panels(
         multipliers, how_multipliers, "No multipliers have been logged yet."

@@ -24,6 +24,15 @@ NOISY = GateConfig(noise=1.0, final_noise=0.5)
 LAGRANGIAN = GateConfig(constraint="lagrangian", learning_rate=0.2, multiplier_learning_rate=0.2, noise=1.0, final_noise=1.0, ramp=0.2)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Any:
+    """Thousands of tiny steps: a second thread that waits for a busy core makes each a hundred times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Recorder(Attachment):
     """An attachment that remembers what was set."""
 

@@ -78,18 +78,22 @@ class GateLearner:
 
     @torch.no_grad()
     def metrics(self, step: int) -> dict[str, Any]:
-        """Expected and scheduled size of each axis (mean over its vectors, and the worst vector), multipliers, learning rate."""
+        """Sizes, multipliers and learning rate for the log.
+
+        Of each axis the scheduled size, and by mean and worst vector the expected count and the sum of the gates without noise.
+        """
         scheduled, sizes = scheduled_sizes(self.gates, self._progress(step)), {}
         for axis, logits in self.logits(step).items():
-            expected = expected_open(logits).sum(-1)
-            worst = (expected - scheduled[axis]).abs().max()
-            sizes[axis] = {"expected": float(expected.mean()), "target": scheduled[axis], "worst": float(worst)}
-        multipliers = {
-            axis: {"lambda_1": float(self.gates.lambda_1[axis].mean()), "lambda_2": float(self.gates.lambda_2[axis].mean())}
-            for axis in self.gates.specs
-        }
+            expected, settled = expected_open(logits).sum(-1), gate_values(logits).sum(-1)
+            sizes[axis] = {
+                "expected": float(expected.mean()),
+                "target": scheduled[axis],
+                "worst": float((expected - scheduled[axis]).abs().max()),
+                "settled": float(settled.mean()),
+                "worst_settled": float((settled - scheduled[axis]).abs().max()),
+            }
         found: dict[str, Any] = {"sizes": sizes, "learning_rate": {"gates": self.learning_rate * self._factor(max(step, 1))}}
-        return found | ({"multipliers": multipliers} if self.config.constraint == "lagrangian" else {})
+        return found | {"multipliers": {axis: self._multipliers(axis) for axis in self.gates.specs}}
 
     def tensors(self) -> dict[str, Tensor]:
         """Gates, multipliers and their optimizer's moments, by name."""
@@ -103,6 +107,12 @@ class GateLearner:
                 parameter.copy_(tensors[name])
         self._optimizer.load(tensors)
         self._shifts = None
+
+    def _multipliers(self, axis: str) -> dict[str, float]:
+        """What holds an axis to the ramp, mean over its vectors: the two multipliers, or the shift that stands for them."""
+        if self.config.constraint == "lagrangian":
+            return {"lambda_1": float(self.gates.lambda_1[axis].mean()), "lambda_2": float(self.gates.lambda_2[axis].mean())}
+        return {"shift": float(self._shifts[1][axis].mean())} if self._shifts else {}
 
     def _factor(self, step: int) -> float:
         """Of the learning rates. It falls with the temperature, by which a step on the logits is divided when gates are drawn:
