@@ -88,17 +88,15 @@ def shear(source_dir, data_dir, target, *, prune, train, mixture, shares=None, e
         for axis, alpha in log_alpha.items():
             # The constraint (section 2.1, the Lagrangian terms). The paper drives every vector's expected count to a scheduled one by
             # lambda (s - t) + phi (s - t)^2 with learned multipliers. Ours is their limit: all logits of a vector are shifted
-            # by the one number that gives exactly the scheduled count, found by bisection, and divided by a falling temperature.
-            # The count is scaled so that a logit at the limit counts 1 or 0: finished gates satisfy it.
+            # by the one number that makes its gates sum to exactly that, found by bisection, and divided by a falling temperature.
             wanted, temperature = have[axis] - (have[axis] - want[axis]) * schedule["progress"], schedule["temperature"]
-            closed, opened = (float(torch.sigmoid(torch.tensor(side - EDGE, dtype=torch.float64))) for side in (-LIMIT, LIMIT))
             with torch.no_grad():
                 reach = float(alpha.abs().max()) + (LIMIT + 1.0) * temperature
                 low, high = torch.full_like(alpha[..., :1], -reach), torch.full_like(alpha[..., :1], reach)
                 for _ in range(40):
                     middle = (low + high) / 2
-                    logits = ((alpha - middle) / temperature).clamp(-LIMIT, LIMIT)
-                    count = ((torch.sigmoid(logits - EDGE) - closed) / (opened - closed)).sum(-1, keepdim=True)
+                    gates = (torch.sigmoid((alpha - middle) / temperature / BETA) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
+                    count = gates.sum(-1, keepdim=True)
                     low, high = torch.where(count > wanted, middle, low), torch.where(count > wanted, high, middle)
             logits = (alpha - (low + high) / 2) / temperature
             # The hard-concrete gate (Louizos et al., equations 10 and 11) at its median; the paper draws it with noise. At logits beyond

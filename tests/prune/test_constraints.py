@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shearling.prune.constraints import lagrangian, project, scheduled_sizes
-from shearling.prune.gates import LIMIT, Gates, GateSpec, expected_open
+from shearling.prune.gates import LIMIT, Gates, GateSpec, gate_values
 
 SPECS = {"layer": GateSpec("layer", (4,), 2), "neuron": GateSpec("neuron", (3, 10), 6)}
 
@@ -107,14 +107,14 @@ def test_projected_logits_have_the_wanted_count(seed: int, size: int, spread: fl
     log_alpha = spread * torch.randn(3, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     found = project(log_alpha, share * size, temperature)
     assert found.shape == log_alpha.shape and found.abs().max() <= LIMIT + 1e-12
-    torch.testing.assert_close(expected_open(found).sum(-1), torch.full((3,), share * size, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(gate_values(found).sum(-1), torch.full((3,), share * size, dtype=torch.float64), atol=1e-6, rtol=0)
     order = log_alpha.argsort(-1)
     assert (found.gather(-1, order).diff(dim=-1) >= -1e-12).all()  # a shift keeps the order
 
 
 def test_projected_logits_in_fp32() -> None:
     log_alpha = 3 * torch.randn(5, 4096, generator=torch.Generator().manual_seed(0))
-    sizes = expected_open(project(log_alpha, 2048.0, 0.3)).sum(-1)
+    sizes = gate_values(project(log_alpha, 2048.0, 0.3)).sum(-1)
     torch.testing.assert_close(sizes, torch.full((5,), 2048.0), atol=0.05, rtol=0)
 
 

@@ -14,10 +14,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shearling.prune.gates import LIMIT, Gates, expected_open
+from shearling.prune.gates import LIMIT, Gates, gate_values
 
-_BISECTIONS = 30
-"""Halvings of the interval of the shift: beyond fp32's 24 bits."""
+_BISECTIONS = 40
+"""Halvings of the interval of the shift: beyond fp32's 24 bits, with room for steep gates."""
 
 
 def scheduled_sizes(gates: Gates, progress: float) -> dict[str, float]:
@@ -36,8 +36,10 @@ def lagrangian(gates: Gates, progress: float) -> Tensor:
 
 
 def project(log_alpha: Tensor, wanted: float, temperature: float) -> Tensor:
-    """Shift every vector (last dimension) so that its expected count is `wanted`, after division by `temperature`.
+    """Shift every vector (last dimension) so that its gates without noise sum to `wanted`, after division by `temperature`.
 
+    The sum is that of the gates that act, and not P(z != 0), by which half-open gates count as nearly open: with that, the gates
+    of a vector would sum to less than the target before hardening, and training would see a smaller model than is cut.
     Returns logits in [-LIMIT, LIMIT], of the shape of `log_alpha`. The gradient passes to `log_alpha` as if the shift were given
     and nothing were clipped, so with noise a gate at the limit can come back.
     """
@@ -52,7 +54,7 @@ def shift_for(log_alpha: Tensor, wanted: float, temperature: float) -> Tensor:
     high = low + 2 * reach
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        count = expected_open(((log_alpha - middle) / temperature).clamp(-LIMIT, LIMIT)).sum(-1, keepdim=True)
+        count = gate_values((log_alpha - middle) / temperature).sum(-1, keepdim=True)
         low, high = torch.where(count > wanted, middle, low), torch.where(count > wanted, high, middle)
     return (low + high) / 2
 

@@ -3,8 +3,8 @@
 Two ways to hold the gates to their targets:
 
 `lagrangian`   the paper's: multipliers ascend on the constraint while gates descend on loss plus constraint.
-`projected`    the multipliers' limit, ours: at every step each vector's logits are shifted by the one number that makes its expected
-               count exactly the scheduled one, so the target is met at any length of schedule; the loss alone moves the logits
+`projected`    the multipliers' limit, ours: at every step each vector's logits are shifted by the one number that makes its gates
+               sum to exactly the scheduled count, so the target is met at any length of schedule; the loss alone moves the logits
                against one another. A falling temperature divides the shifted logits, so that the gates end at 0 or 1.
 """
 
@@ -80,18 +80,14 @@ class GateLearner:
     def metrics(self, step: int) -> dict[str, Any]:
         """Sizes, multipliers and learning rate for the log.
 
-        Of each axis the scheduled size, and by mean and worst vector the expected count and the sum of the gates without noise.
+        Of each axis the scheduled size, the mean expected size of its vectors by what the constraint counts, and how far the worst
+        vector is from the schedule.
         """
         scheduled, sizes = scheduled_sizes(self.gates, self._progress(step)), {}
         for axis, logits in self.logits(step).items():
-            expected, settled = expected_open(logits).sum(-1), gate_values(logits).sum(-1)
-            sizes[axis] = {
-                "expected": float(expected.mean()),
-                "target": scheduled[axis],
-                "worst": float((expected - scheduled[axis]).abs().max()),
-                "settled": float(settled.mean()),
-                "worst_settled": float((settled - scheduled[axis]).abs().max()),
-            }
+            expected = (expected_open if self.config.constraint == "lagrangian" else gate_values)(logits).sum(-1)
+            worst = (expected - scheduled[axis]).abs().max()
+            sizes[axis] = {"expected": float(expected.mean()), "target": scheduled[axis], "worst": float(worst)}
         found: dict[str, Any] = {"sizes": sizes, "learning_rate": {"gates": self.learning_rate * self._factor(max(step, 1))}}
         return found | {"multipliers": {axis: self._multipliers(axis) for axis in self.gates.specs}}
 

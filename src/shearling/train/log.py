@@ -4,8 +4,7 @@ A line holds `stage`, `step` (1-based in its stage; step 0 is the evaluation bef
 everything else is there when it was measured:
 
     domain_loss, weights, heldout, reference   {domain: x}; heldout and reference in nats per token, heldout with its "mean"
-    sizes         {axis: {"expected", "target" (as scheduled), "worst" (largest distance of a vector of the axis from target),
-                  "settled", "worst_settled" (the same of the sum of the gates without noise)}}
+    sizes         {axis: {"expected", "target" (as scheduled), "worst" (largest distance of a vector of the axis from target)}}
     multipliers   {axis: {"lambda_1", "lambda_2"}} or, of projected gates, {axis: {"shift"}}
     learning_rate {"weights", "gates"}
     gradient_norm, tokens (so far in the stage), tokens_per_second, seconds
