@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from shearling.arch.families import Anatomy
 from shearling.config import parse
-from shearling.errors import ArtifactError, ConfigError, Problem
+from shearling.errors import ArtifactError, Problem
 from shearling.io.files import read_json, write_atomic
 from shearling.planning import describe, sizes
 from shearling.recipe import Recipe, RecipeLike, load_recipe
@@ -116,7 +116,6 @@ def _through(last: str, recipe: RecipeLike, out: str | Path, overrides: Sequence
     shown: Show = show or Silent()
     source = open_source(loaded.source)
     target_anatomy(source.anatomy, loaded.target or Target())
-    _check_start(loaded)
     if last != "prepare":
         from shearling.train.optim import choose_device
 
@@ -154,12 +153,6 @@ def _work(name: str, context: Context, directory: RunDirectory) -> Callable[[], 
     return works[name]
 
 
-def _check_start(recipe: Recipe) -> None:
-    if recipe.target is not None and recipe.prune.steps == 0 and recipe.prune.gates.start == "constant":
-        remedy = "With prune.steps 0 the starting logits decide alone: use taylor or random, or give some steps."
-        raise ConfigError("recipe: 1 problem", [Problem("prune.gates.start", "'constant'", remedy)])
-
-
 def _report(path: Path, recipe: Recipe, source: Source) -> dict[str, Any]:
     from shearling.report import write_report
 
@@ -183,7 +176,7 @@ def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> d
         "seconds": {stage: result["seconds"] for stage, result in found.items()},
     }
     if "prepare" in found:
-        values["data"] = found["prepare"]
+        values["data"] = {key: value for key, value in found["prepare"].items() if key != "seconds"}
     if "source" in found:
         losses = found["source"]["loss"]
         given = recipe.mixture.reference

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from shearling.config import parse
 from shearling.data.tokens import MANIFEST, open_tokens
 from shearling.errors import ArtifactError, Problem
 from shearling.evaluate.loss import heldout_losses
@@ -22,8 +23,9 @@ def measure_model(source: Source, data: Path, *, batch_size: int, speed: bool, p
         remedy = "Prepare the text with this model's tokenizer."
         wrong = f"a vocabulary of {tokens.vocab_size} where the model has {source.anatomy.sizes['vocab']}"
         raise ArtifactError(f"{data}: prepared for another model", [Problem("data", wrong, remedy)])
-    place = choose_device(RuntimeConfig(device=device))
-    objective = in_precision(token_losses, place, precision)
+    runtime = parse(RuntimeConfig, {"device": device, "precision": precision}, "evaluate")
+    place = choose_device(runtime)
+    objective = in_precision(token_losses, place, runtime.precision)
     model = source.load_model().to(place)
     heldout = {domain: tokens.sequences(domain, "heldout") for domain in tokens.domains}
     losses = heldout_losses(model, heldout, objective, batch_size=batch_size, device=place)

@@ -87,6 +87,12 @@ class Recipe(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _something_decides(self) -> Recipe:
+        if self.target is not None and self.prune.steps == 0 and self.prune.gates.start == "constant":
+            raise ValueError("with prune.steps 0 the starting logits decide alone: set prune.gates.start to taylor or random")
+        return self
+
 
 RecipeLike = Recipe | Mapping[str, Any] | str | Path
 """A recipe, its plain values, or the path of its YAML file."""
