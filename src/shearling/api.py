@@ -170,7 +170,7 @@ def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> d
         "shearling": version("shearling"),
         "seed": recipe.seed,
         "source": {"name": recipe.source, **sizes(source)},
-        "model": {"path": str(path / "model") if "train" in found else None, **sizes(target)},
+        "model": {"path": "model" if "train" in found else None, **sizes(target)},
         "loss": {},
         "tokens": {stage: found[stage]["tokens"] for stage in ("prune", "train") if stage in found},
         "seconds": {stage: result["seconds"] for stage, result in found.items()},

@@ -96,8 +96,10 @@ def _page(report: Values, plan: Values, metrics: pictures.Metrics, recipe: str |
 
 
 def _title(report: Values) -> str:
-    source, model = _part(report, "source").get("name"), _part(report, "model").get("path")
-    return f"{source or 'a source model'} → {model or 'a smaller model, not finished yet'}"
+    name, model = _part(report, "source").get("name"), _part(report, "model")
+    source = name and (Path(name).name if Path(name).is_absolute() else name)  # the rest of a path tells nothing of the model
+    size = "a smaller model" if "parameters" not in model else f"a model of {_short(model['parameters'])} parameters"
+    return f"{source or 'a source model'} → {size}{'' if model.get('path') else ', not finished yet'}"
 
 
 def _headline(report: Values) -> str:
