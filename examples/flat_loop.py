@@ -88,15 +88,19 @@ def shear(source_dir, data_dir, target, *, prune, train, mixture, shares=None, e
         for axis, alpha in log_alpha.items():
             # The constraint (section 2.1, the Lagrangian terms). The paper drives every vector's expected count to a scheduled one by
             # lambda (s - t) + phi (s - t)^2 with learned multipliers. Ours is their limit: all logits of a vector are shifted
-            # by the one number that makes its gates sum to exactly that, found by bisection, and divided by a falling temperature.
+            # by the one number that gives exactly the scheduled size, found by bisection, and divided by a falling temperature.
+            # The size goes from the expected count P(z > 0), scaled so that finished gates count 1 or 0, to the gates' own sum.
+            closed, opened = (1 / (1 + math.exp(EDGE - side)) for side in (-LIMIT, LIMIT))
             wanted, temperature = have[axis] - (have[axis] - want[axis]) * schedule["progress"], schedule["temperature"]
             with torch.no_grad():
                 reach = float(alpha.abs().max()) + (LIMIT + 1.0) * temperature
                 low, high = torch.full_like(alpha[..., :1], -reach), torch.full_like(alpha[..., :1], reach)
                 for _ in range(40):
                     middle = (low + high) / 2
-                    gates = (torch.sigmoid((alpha - middle) / temperature / BETA) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
-                    count = gates.sum(-1, keepdim=True)
+                    logits = (alpha - middle) / temperature
+                    likely = (torch.sigmoid(logits.clamp(-LIMIT, LIMIT) - EDGE) - closed) / (opened - closed)
+                    gates = (torch.sigmoid(logits / BETA) * (ZETA - GAMMA) + GAMMA).clamp(0.0, 1.0)
+                    count = torch.lerp(likely, gates, schedule["settled"]).sum(-1, keepdim=True)
                     low, high = torch.where(count > wanted, middle, low), torch.where(count > wanted, high, middle)
             logits = (alpha - (low + high) / 2) / temperature
             # The hard-concrete gate (Louizos et al., equations 10 and 11) at its median; the paper draws it with noise. At logits beyond
@@ -146,6 +150,7 @@ def shear(source_dir, data_dir, target, *, prune, train, mixture, shares=None, e
     warmup, ramp = round(prune["warmup"] * steps), round(rule["ramp"] * steps)
     for step in range(1, steps + 1):
         schedule["progress"] = min(1.0, step / ramp) if ramp else 1.0
+        schedule["settled"] = min(1.0, max(0.0, 5.0 * step / steps - 4.0))  # 0 until the last fifth of the steps, 1 at the end
         schedule["temperature"] = rule["temperature"] * (rule["final_temperature"] / rule["temperature"]) ** (step / steps)
         ids, cursors = draw_batch(tokens, prune["batch_size"], seed, step, weights, cursors)
         losses = []

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shearling.prune.constraints import lagrangian, project, scheduled_sizes
-from shearling.prune.gates import LIMIT, Gates, GateSpec, gate_values
+from shearling.prune.gates import LIMIT, Gates, GateSpec, expected_open, gate_values
 
 SPECS = {"layer": GateSpec("layer", (4,), 2), "neuron": GateSpec("neuron", (3, 10), 6)}
 
@@ -102,26 +102,30 @@ def test_a_vector_that_lags_is_pushed_by_itself() -> None:
     spread=st.floats(0, 30),
     share=st.floats(0, 1),
     temperature=st.floats(0.05, 1),
+    settled=st.sampled_from([0.0, 1.0]),
 )
-def test_projected_logits_have_the_wanted_count(seed: int, size: int, spread: float, share: float, temperature: float) -> None:
+def test_projected_logits_have_the_wanted_count(
+    seed: int, size: int, spread: float, share: float, temperature: float, settled: float
+) -> None:
     log_alpha = spread * torch.randn(3, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = project(log_alpha, share * size, temperature)
+    found = project(log_alpha, share * size, temperature, settled)
     assert found.shape == log_alpha.shape and found.abs().max() <= LIMIT + 1e-12
-    torch.testing.assert_close(gate_values(found).sum(-1), torch.full((3,), share * size, dtype=torch.float64), atol=1e-6, rtol=0)
+    count = gate_values(found) if settled else expected_open(found)
+    torch.testing.assert_close(count.sum(-1), torch.full((3,), share * size, dtype=torch.float64), atol=1e-6, rtol=0)
     order = log_alpha.argsort(-1)
     assert (found.gather(-1, order).diff(dim=-1) >= -1e-12).all()  # a shift keeps the order
 
 
 def test_projected_logits_in_fp32() -> None:
     log_alpha = 3 * torch.randn(5, 4096, generator=torch.Generator().manual_seed(0))
-    sizes = gate_values(project(log_alpha, 2048.0, 0.3)).sum(-1)
+    sizes = gate_values(project(log_alpha, 2048.0, 0.3, 1.0)).sum(-1)
     torch.testing.assert_close(sizes, torch.full((5,), 2048.0), atol=0.05, rtol=0)
 
 
 def test_the_gradient_passes_the_projection() -> None:
     """As if the shift were given, and to clipped gates, too, so that one at the limit can come back."""
     log_alpha = torch.tensor([[-9.0, -1.0, 0.0, 1.0, 9.0]], dtype=torch.float64, requires_grad=True)
-    found = project(log_alpha, 2.5, 0.5)
+    found = project(log_alpha, 2.5, 0.5, 0.0)
     assert (found.abs() >= LIMIT - 1e-9).any()
     weights = torch.arange(1.0, 6.0, dtype=torch.float64)
     (found * weights).sum().backward()
@@ -130,6 +134,6 @@ def test_the_gradient_passes_the_projection() -> None:
 
 def test_every_vector_is_shifted_for_itself() -> None:
     log_alpha = torch.stack([torch.linspace(-3, 3, 11), torch.linspace(4, 9, 11)])
-    together = project(log_alpha, 4.0, 0.7)
-    alone = torch.stack([project(row, 4.0, 0.7) for row in log_alpha])
+    together = project(log_alpha, 4.0, 0.7, 0.5)
+    alone = torch.stack([project(row, 4.0, 0.7, 0.5) for row in log_alpha])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)

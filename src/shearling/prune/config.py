@@ -39,5 +39,5 @@ class GateConfig(Config):
     """Scale of the noise at the last step."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.3
     """With `projected`: what the logits are divided by at the first step; less means fewer gates half open."""
-    final_temperature: Annotated[float, Field(gt=0, le=10)] = 0.02
+    final_temperature: Annotated[float, Field(gt=0, le=10)] = 0.01
     """With `projected`: the same at the last step, small enough that nearly all gates end at 0 or 1."""

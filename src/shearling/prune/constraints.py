@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shearling.prune.gates import LIMIT, Gates, gate_values
+from shearling.prune.gates import LIMIT, Gates, expected_open, gate_values
 
 _BISECTIONS = 40
 """Halvings of the interval of the shift: beyond fp32's 24 bits, with room for steep gates."""
@@ -35,26 +35,36 @@ def lagrangian(gates: Gates, progress: float) -> Tensor:
     return total
 
 
-def project(log_alpha: Tensor, wanted: float, temperature: float) -> Tensor:
-    """Shift every vector (last dimension) so that its gates without noise sum to `wanted`, after division by `temperature`.
+def blended_count(logits: Tensor, settled: float) -> Tensor:
+    """The size of every vector (last dimension kept, of size 1): from P(z != 0) at `settled` 0 to the gates' own sum at 1.
 
-    The sum is that of the gates that act, and not P(z != 0), by which half-open gates count as nearly open: with that, the gates
-    of a vector would sum to less than the target before hardening, and training would see a smaller model than is cut.
+    By P(z != 0) a half-open gate counts as nearly open, so half-open gates are dear and the gates move apart; but at the end the
+    gates of a vector would sum to less than the target, and training would have seen a smaller model than is cut. By their sum
+    half-open gates are cheap: 30 layers open by 0.8 each would do for 24. So the count goes over from the one to the other at the
+    end, when few gates are half open.
+    """
+    likely, actual = expected_open(logits.clamp(-LIMIT, LIMIT)), gate_values(logits)
+    return torch.lerp(likely, actual, settled).sum(-1, keepdim=True)
+
+
+def project(log_alpha: Tensor, wanted: float, temperature: float, settled: float) -> Tensor:
+    """Shift every vector (last dimension) so that its `blended_count` is `wanted`, after division by `temperature`.
+
     Returns logits in [-LIMIT, LIMIT], of the shape of `log_alpha`. The gradient passes to `log_alpha` as if the shift were given
     and nothing were clipped, so with noise a gate at the limit can come back.
     """
-    return shifted(log_alpha, shift_for(log_alpha, wanted, temperature), temperature)
+    return shifted(log_alpha, shift_for(log_alpha, wanted, temperature, settled), temperature)
 
 
 @torch.no_grad()
-def shift_for(log_alpha: Tensor, wanted: float, temperature: float) -> Tensor:
+def shift_for(log_alpha: Tensor, wanted: float, temperature: float, settled: float) -> Tensor:
     """The shift of every vector that `project` subtracts, with a last dimension of 1; the count falls with it, so bisection finds it."""
     reach = log_alpha.abs().max() + (LIMIT + 1.0) * temperature
     low = torch.zeros_like(log_alpha[..., :1]) - reach
     high = low + 2 * reach
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        count = gate_values((log_alpha - middle) / temperature).sum(-1, keepdim=True)
+        count = blended_count((log_alpha - middle) / temperature, settled)
         low, high = torch.where(count > wanted, middle, low), torch.where(count > wanted, high, middle)
     return (low + high) / 2
 

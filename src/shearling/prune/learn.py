@@ -3,8 +3,8 @@
 Two ways to hold the gates to their targets:
 
 `lagrangian`   the paper's: multipliers ascend on the constraint while gates descend on loss plus constraint.
-`projected`    the multipliers' limit, ours: at every step each vector's logits are shifted by the one number that makes its gates
-               sum to exactly the scheduled count, so the target is met at any length of schedule; the loss alone moves the logits
+`projected`    the multipliers' limit, ours: at every step each vector's logits are shifted by the one number that makes its size
+               exactly the scheduled one, so the target is met at any length of schedule; the loss alone moves the logits
                against one another. A falling temperature divides the shifted logits, so that the gates end at 0 or 1.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from shearling.prune.attach import Attachment
 from shearling.prune.config import GateConfig
-from shearling.prune.constraints import lagrangian, scheduled_sizes, shift_for, shifted
+from shearling.prune.constraints import blended_count, lagrangian, scheduled_sizes, shift_for, shifted
 from shearling.prune.gates import LIMIT, Gates, expected_open, gate_values
 from shearling.prune.scores import ranks
 from shearling.schedules import cosine_with_warmup, geometric, ramp
@@ -73,7 +73,10 @@ class GateLearner:
             return dict(self.gates.log_alpha.items())
         if self._shifts is None or self._shifts[0] != step:
             wanted, temperature = scheduled_sizes(self.gates, self._progress(step)), self._temperature(step)
-            self._shifts = step, {axis: shift_for(x, wanted[axis], temperature) for axis, x in self.gates.log_alpha.items()}
+            self._shifts = (
+                step,
+                {axis: shift_for(x, wanted[axis], temperature, self._settled(step)) for axis, x in self.gates.log_alpha.items()},
+            )
         return {axis: shifted(x, self._shifts[1][axis], self._temperature(step)) for axis, x in self.gates.log_alpha.items()}
 
     @torch.no_grad()
@@ -85,7 +88,8 @@ class GateLearner:
         """
         scheduled, sizes = scheduled_sizes(self.gates, self._progress(step)), {}
         for axis, logits in self.logits(step).items():
-            expected = (expected_open if self.config.constraint == "lagrangian" else gate_values)(logits).sum(-1)
+            projected = self.config.constraint == "projected"
+            expected = blended_count(logits, self._settled(step)) if projected else expected_open(logits).sum(-1)
             worst = (expected - scheduled[axis]).abs().max()
             sizes[axis] = {"expected": float(expected.mean()), "target": scheduled[axis], "worst": float(worst)}
         found: dict[str, Any] = {"sizes": sizes, "learning_rate": {"gates": self.learning_rate * self._factor(max(step, 1))}}
@@ -115,6 +119,10 @@ class GateLearner:
         else the last steps would leap over the window in which a gate is neither open nor closed, and none would settle."""
         factor = cosine_with_warmup(step, self.steps, self.warmup, self.config.final_learning_rate)
         return factor * (self._temperature(step) if self.config.constraint == "projected" else 1.0)
+
+    def _settled(self, step: int) -> float:
+        """How far the size that is held has gone over to the gates' own sum: 0 until the last fifth of the steps, 1 at the end."""
+        return min(1.0, max(0.0, 5.0 * step / self.steps - 4.0))
 
     def _temperature(self, step: int) -> float:
         return geometric(step, self.steps, self.config.temperature, self.config.final_temperature)
