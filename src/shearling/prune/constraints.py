@@ -7,6 +7,9 @@ ramp from 0 to 1 - T/N. The loss sums over axes, with the mean over an axis' vec
 
 which weights and gates minimise and multipliers maximise. The multipliers are one pair for every vector, so that a layer that
 lags is pushed by itself (the original shares one pair among the layers of an axis).
+
+Or, ours, without multipliers: `project` shifts the logits of each vector so that its size is the scheduled one, which is what
+multipliers that had come to rest would do.
 """
 
 from __future__ import annotations
