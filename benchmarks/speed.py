@@ -102,14 +102,19 @@ def step_times(source: Source, args: argparse.Namespace) -> None:
     """Time of a pruning step over that of a plain one."""
     steps = Steps(source, args)
     plain, gated = [], []
+    learner, attachment = steps.learner()
+    attachment.remove()
     for round_ in range(args.rounds + 2):
-        first = steps.step(None)
-        learner, attachment = steps.learner()
-        with attachment:
-            second = steps.step(learner)
+        spent = {}
+        for kind in ("plain", "gated") if round_ % 2 else ("gated", "plain"):  # by turns, since a step may leave work to the next
+            if kind == "plain":
+                spent[kind] = steps.step(None)
+                continue
+            with Attachment(steps.model, steps.anatomy) as learner.attachment:
+                spent[kind] = steps.step(learner)
         if round_ >= 2:  # the first two warm up
-            plain.append(first)
-            gated.append(second)
+            plain.append(spent["plain"])
+            gated.append(spent["gated"])
     tokens = args.sequences * args.length
     ratio = statistics.median(b / a for a, b in zip(plain, gated, strict=True))
     print(f"pruning step / training step, time:   {ratio:.3f}   ({tokens} tokens a step)")
