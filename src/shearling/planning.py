@@ -6,12 +6,13 @@ from typing import Any
 
 from shearling.arch.axes import PER_LAYER
 from shearling.arch.families import Anatomy
+from shearling.data.config import DataConfig
 from shearling.recipe import PruneConfig, Recipe
 from shearling.shapes import PRUNABLE, Target, find_problems, nearest_feasible, shape_of, target_anatomy
 from shearling.sources import Source
 from shearling.train.config import FitConfig, TrainConfig
 
-DEFAULT_SEQUENCE_LENGTH = 4096
+DEFAULT_SEQUENCE_LENGTH: int = DataConfig.model_fields["sequence_length"].default
 
 
 def describe(source: Source, target: Target, recipe: Recipe | None = None) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def train(context: Context, pruned: Mapping[str, Any], source_result: Mapping[st
     progress = fit(model, config, around, start)
     model.eval()
     ids = _sample_ids(context)
-    values = _pruned_config(context)
+    values = read_json(context.path / "pruned" / "config.json")
     final = context.path / "model"
     save_model(model, values, context.source.save_companions, final, _export_dtype(context), ids, replace=final.exists())
     epochs = around.loader.epochs(progress.cursors)
@@ -276,10 +276,6 @@ def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: 
     values = target_config(context.source.config, anatomy, context.target, plan.layers)
     publish_model(write, values, context.source.save_companions, final, torch.float32, verify, replace=final.exists())
     return found[-1]
-
-
-def _pruned_config(context: Context) -> dict[str, Any]:
-    return dict(read_json(context.path / "pruned" / "config.json"))
 
 
 def _sample_ids(context: Context) -> Tensor:
