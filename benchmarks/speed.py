@@ -38,7 +38,8 @@ from shearling.prune.transform import transform
 from shearling.shapes import Target, target_anatomy, target_config
 from shearling.sources import Source, open_source
 from shearling.train.config import RuntimeConfig, TrainConfig
-from shearling.train.optim import build_optimizer, choose_device, in_precision, prepare_model
+from shearling.train.optim import build_optimizer, choose_device, in_precision
+from shearling.train.parallel import parallelize
 from shearling.train.step import train_step
 
 TARGET = Target(hidden_size=432, num_hidden_layers=24, num_attention_heads=6, num_key_value_heads=3, intermediate_size=1024)
@@ -51,13 +52,13 @@ class Steps:
     def __init__(self, source: Source, args: argparse.Namespace) -> None:
         self.device = choose_device(RuntimeConfig())
         gpu = self.device.type == "cuda"
-        self.model = source.load_model().to(self.device)
         self.anatomy = source.anatomy
+        blocks = self.anatomy.family.anchors.layers
+        self.model = parallelize(source.load_model(), blocks, RuntimeConfig(compile=gpu), self.device, None).train()
         self.config = TrainConfig(batch_size=args.sequences, microbatches=1, learning_rate=1e-5)
         self.objective = in_precision(token_losses, self.device, "bfloat16")
         self.optimizer = build_optimizer(self.model, self.config)
         self.args, self.number = args, 0
-        prepare_model(self.model, RuntimeConfig(compile=gpu))
 
     def ids(self) -> torch.Tensor:
         """Random tokens [R, T]."""

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
+from pydantic import BaseModel
 
+from shearling.data.config import DomainConfig
 from shearling.errors import ConfigError
-from shearling.recipe import Recipe, differences, dump_recipe, load_recipe
+from shearling.recipe import FIXED, Recipe, covers, differences, dump_recipe, is_free, load_recipe
+from shearling.run import accepted_changes
+from shearling.train.config import RuntimeConfig
 
 VALUES: dict[str, Any] = {
     "source": "owner/model",
@@ -136,6 +141,126 @@ def test_differences() -> None:
     assert [field for field, _, _ in differences(before, load_recipe(VALUES, ["runtime.precision=float32"]))] == ["runtime.precision"]
     grown = load_recipe({**VALUES, "data": {**VALUES["data"], "domains": {**VALUES["data"]["domains"], "new": "n.txt"}}})
     assert {field.split(".")[2] for field, _, _ in differences(before, grown)} == {"new"}
+
+
+WHOLE = load_recipe(
+    {
+        "source": "owner/model",
+        "target": {"num_hidden_layers": 2, "hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24},
+        "data": {
+            "domains": {
+                "web": {"train": ["/text/web.jsonl"], "weight": 1.0},
+                "hub": {"dataset": "owner/text", "subset": "en", "revision": "main", "weight": 2.0},
+            },
+            "root": "/text",
+        },
+        "mixture": {"update": "static"},
+    }
+)
+"""A recipe of which every field can have another value."""
+
+
+def leaves(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(field, annotation) of every field of a configuration that holds a value; `*` stands for a domain's name."""
+    for name, field in model.model_fields.items():
+        inner = [part for part in (field.annotation, *get_args(field.annotation)) if isinstance(part, type) and issubclass(part, BaseModel)]
+        if inner:
+            within = f"{path}{name}.*." if inner == [DomainConfig] else f"{path}{name}."
+            yield from leaves(inner[0], within)
+        else:
+            yield f"{path}{name}", field.annotation
+
+
+def options(annotation: Any) -> Iterator[Any]:
+    for argument in get_args(annotation):
+        yield from [argument] if isinstance(argument, str) else options(argument)
+
+
+def others(value: Any) -> Iterator[Any]:
+    """Values near to `value`, of which some will be valid in its place."""
+    if isinstance(value, bool):
+        yield not value
+    elif isinstance(value, int | float):
+        yield from (value + 1, value * 2, value / 2, value - 1)
+    elif isinstance(value, str):
+        yield from (f"{value}2", None)
+    elif isinstance(value, list):
+        yield from (value[::-1], [*value, "/text/more.txt"])
+    elif value is None:
+        yield from (True, 16, 0.5, "more", ["/text/more.txt"])
+
+
+def mutated(field: str, annotation: Any) -> Iterator[tuple[str, Recipe]]:
+    """(field, recipe) for every place of the base recipe where the field can have another valid value alone."""
+    for domain in ("web", "hub") if "*" in field else ("",):
+        *parents, last = field.replace("*", domain).split(".")
+        values = WHOLE.model_dump(mode="json")
+        node = values
+        for parent in parents:
+            node = node[parent]
+        before = node[last]
+        for value in (*options(annotation), *others(before)):
+            if value == before:
+                continue
+            node[last] = value
+            try:
+                recipe = load_recipe(values)
+            except ConfigError:
+                continue
+            yield ".".join((*parents, last)), recipe
+            break
+
+
+def test_every_field_that_changes_is_named_and_accepted_only_if_asked(tmp_path: Path) -> None:
+    freed, fixed = set(), set()
+    for pattern, annotation in leaves(Recipe):
+        changes = list(mutated(pattern, annotation))
+        assert changes, f"{pattern}: no other value was found"
+        for field, recipe in changes:
+            assert recipe != WHOLE
+            section = field.split(".")[0]
+            if is_free(field):
+                freed.add(field)
+                assert accepted_changes(WHOLE, recipe, (), tmp_path) == []
+                continue
+            ((name, before, after),) = differences(WHOLE, recipe)
+            assert name == field
+            refused_for = [(), ("nothing", field[:-1])]
+            if covers(FIXED, field):
+                fixed.add(section)
+                refused_for.append((field, section))
+            for accept in refused_for:
+                with pytest.raises(ConfigError, match="--overwrite") as refused:
+                    accepted_changes(WHOLE, recipe, accept, tmp_path)
+                assert refused.value.exit_code == 2 and [problem.field for problem in refused.value.problems] == [field]
+                assert f"{field}: found {before} -> {after}." in str(refused.value)
+                assert (f"--accept-changed {field}." in str(refused.value)) is (section not in FIXED)
+            for accept in ((field,), (section, "nothing")) if section not in FIXED else ():
+                assert accepted_changes(WHOLE, recipe, accept, tmp_path) == [(field, before, after)]
+    assert freed == {f"runtime.{name}" for name in RuntimeConfig.model_fields} - {"runtime.device", "runtime.precision"}
+    assert fixed == set(FIXED)
+
+
+BAD = (None, True, -1, 0, 1.5, 10**400, float("nan"), float("inf"), -float("inf"), "", "x", "\0", [], ["x"], [1], {}, {"x": 1}, [[]])
+
+
+def test_whatever_stands_in_a_field_is_taken_or_refused_by_name() -> None:
+    for pattern, _ in leaves(Recipe):
+        *parents, last = pattern.replace("*", "web").split(".")
+        refused = 0
+        for value in BAD:
+            values = WHOLE.model_dump(mode="json")
+            node = values
+            for parent in parents:
+                node = node[parent]
+            node[last] = value
+            try:
+                load_recipe(load_recipe(values))
+            except ConfigError as error:
+                refused += 1
+                where = {".".join(problem.field.split(".")[:1]) for problem in error.problems}
+                assert error.exit_code == 2 and where <= {parents[0] if parents else last, "recipe"}, (pattern, value, str(error))
+        assert refused, pattern
 
 
 CHECK = """

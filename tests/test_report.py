@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+import shearling
+from models import save_tiny_source
+from runs import Silent, recipe_values, write_text
 from shearling import pictures
-from shearling.errors import ArtifactError
+from shearling.errors import ArtifactError, StorageError
 from shearling.report import summary_table, write_report
 
 LAYERS, HIDDEN, GROUPS, QUERY, NEURONS = (30, 24), (576, 432), (3, 3), (3, 2), (1536, 1024)
@@ -359,3 +363,31 @@ def test_summary_table() -> None:
         "Generation, tok/s",
         "Prefill, tok/s",
     ]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no fonts"), ImportError("no matplotlib"), StorageError("the disk is full")])
+def test_a_page_that_cannot_be_drawn_ends_no_run(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is told and recorded, and mended by the next run; whoever asks for the page itself gets the error."""
+
+    class Notes(Silent):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    def fail(run: Path) -> None:
+        raise error
+
+    notes: list[str] = []
+    save_tiny_source(tmp_path / "source", "llama")
+    values, out = recipe_values(tmp_path / "source", write_text(tmp_path, 30)), tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(sys.modules["shearling.report"], "write_report", fail)
+        report = shearling.prepare(values, out, show=Notes())
+        assert report == json.loads((out / "report.json").read_text()) and set(report["data"]["domains"]) == {"a", "b"}
+        assert report["report_error"] == f"{type(error).__name__}: {error}" and str(error) in notes[-1] and "shearling report" in notes[-1]
+        with pytest.raises(type(error), match=str(error)):
+            shearling.report(out)
+    assert "report_error" not in shearling.prepare(values, out)
+    assert "report_error" not in json.loads((out / "report.json").read_text()) and (out / "report.html").exists()
+    monkeypatch.setattr("shearling.api.write_atomic", lambda path, text: fail(path))
+    with pytest.raises(type(error)):  # the numbers are no optional part
+        shearling.prepare(values, out)

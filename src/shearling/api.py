@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from shearling.arch.families import Anatomy
 from shearling.config import parse
 from shearling.errors import ArtifactError, Problem
-from shearling.io.files import read_json, write_atomic
-from shearling.planning import describe, sizes
+from shearling.io.files import check_writable, read_json, write_atomic
+from shearling.planning import STAGES_THAT_TRAIN, available_memory, describe, disk_needed, memory_warning, sizes, stage_memory
 from shearling.recipe import Recipe, RecipeLike, load_recipe
-from shearling.run import RunDirectory, Show, Silent
+from shearling.run import RunDirectory, Show, Silent, check_artifacts, run_path
 from shearling.shapes import Target, target_anatomy
 from shearling.sources import Source, open_source
+from shearling.world import World, join
 
 if TYPE_CHECKING:
     from shearling.stages import Context
@@ -25,38 +27,80 @@ STAGES = ("prepare", "source", "prune", "train", "evaluate")
 """The stages of a run, in order; a report can be made after any of them."""
 
 
-def run(recipe: RecipeLike, out: str | Path, *, overrides: Sequence[str] = (), show: Show | None = None) -> dict[str, Any]:
+def run(
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    accept_changed: Sequence[str] = (),
+    show: Show | None = None,
+) -> dict[str, Any]:
     """The whole of it: prepare, prune, cut, verify, continue pretraining, evaluate, report. Called again, it goes on where it stopped.
 
     Args:
         recipe: path of a YAML file, plain values, or a `Recipe`.
-        out: the run directory; made if it is not there.
+        out: the run directory; made if it is not there. Left out, `runs/NAME` below the current folder, NAME being the stem of the
+            recipe's file.
         overrides: `a.b=c` assignments applied to the recipe.
+        overwrite: delete the run that is there, and begin afresh. Leave it out to go on after an interruption.
+        accept_changed: go on although these fields of the recipe, or sections of them (`train`), differ from those the run was
+            begun with. Source, target, data and seed cannot be accepted; how to compute (`runtime`, without device and precision)
+            need not be.
         show: where progress goes; nowhere if left out.
 
     Returns:
-        What `report.json` holds.
+        What `report.json` holds. It has `report_error` where the pictures could not be drawn.
 
     Raises:
-        ConfigError, ShapeError: the recipe or the target is wrong. ArtifactError, DataError: model or text is.
-        OutputError: `out` is in use or something else. StorageError: it cannot be written. Stopped: a signal asked to stop.
+        ConfigError, ShapeError: the recipe or the target is wrong, or the run was begun with others, or with other text.
+        ArtifactError, DataError: model or text is wrong. NumericsError: the numbers are.
+        OutputError: `out` is in use or something else. StorageError: it cannot be written, or the disk is too small.
+        Stopped: a signal asked to stop.
     """
-    return _through("evaluate", recipe, out, overrides, show)
+    return _through("evaluate", recipe, out, overrides, overwrite, accept_changed, show)
 
 
-def prepare(recipe: RecipeLike, out: str | Path, *, overrides: Sequence[str] = (), show: Show | None = None) -> dict[str, Any]:
-    """Text by domain -> token shards in `out`/data, as `run` would make them. Arguments and errors as for `run`."""
-    return _through("prepare", recipe, out, overrides, show)
+def prepare(
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    accept_changed: Sequence[str] = (),
+    show: Show | None = None,
+) -> dict[str, Any]:
+    """Text by domain -> token shards in `out`/data, as `run` would make them; shards that were damaged since are made anew.
+
+    Arguments and errors as for `run`.
+    """
+    return _through("prepare", recipe, out, overrides, overwrite, accept_changed, show)
 
 
-def prune(recipe: RecipeLike, out: str | Path, *, overrides: Sequence[str] = (), show: Show | None = None) -> dict[str, Any]:
+def prune(
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    accept_changed: Sequence[str] = (),
+    show: Show | None = None,
+) -> dict[str, Any]:
     """The run up to the cut and verified model in `out`/pruned. Arguments and errors as for `run`."""
-    return _through("prune", recipe, out, overrides, show)
+    return _through("prune", recipe, out, overrides, overwrite, accept_changed, show)
 
 
-def train(recipe: RecipeLike, out: str | Path, *, overrides: Sequence[str] = (), show: Show | None = None) -> dict[str, Any]:
+def train(
+    recipe: RecipeLike,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    overwrite: bool = False,
+    accept_changed: Sequence[str] = (),
+    show: Show | None = None,
+) -> dict[str, Any]:
     """The run up to the trained model in `out`/model; what is finished before it is kept. Arguments and errors as for `run`."""
-    return _through("train", recipe, out, overrides, show)
+    return _through("train", recipe, out, overrides, overwrite, accept_changed, show)
 
 
 def plan(source: str | Path, target: Mapping[str, int] | Target | None = None, *, recipe: RecipeLike | None = None) -> dict[str, Any]:
@@ -65,10 +109,11 @@ def plan(source: str | Path, target: Mapping[str, int] | Target | None = None, *
     Args:
         source: a Hugging Face directory, a hub id, a GGUF file, or a config.json.
         target: sizes by config field; left out, the recipe's.
-        recipe: gives tokens and memory of its stages; left out, the defaults of a recipe.
+        recipe: gives tokens, memory and disk of its stages; left out, the defaults of a recipe.
 
     Returns:
-        JSON values with `source`, `target`, `feasible`, `problems`, `nearest`, `pruned`, `tokens` and `memory`.
+        JSON values with `source`, `target`, `feasible`, `problems`, `nearest`, `pruned`, `tokens`, and in bytes `memory` (of each stage
+        that trains) and `disk` (below the run directory), both by part with a `total`.
     """
     loaded = load_recipe(recipe) if recipe is not None else None
     if target is None:
@@ -93,11 +138,15 @@ def evaluate(
 
 def report(out: str | Path) -> dict[str, Any]:
     """Write `report.json` and `report.html` of a run directory from what its finished stages found; return the former."""
+    from shearling.report import write_report
+
     path = Path(out)
     if not (path / "recipe.yaml").exists():
         raise ArtifactError(f"{path}: not a run directory", [Problem("out", "no recipe.yaml", "Give the --out of a run.")])
     recipe = load_recipe(path / "recipe.yaml")
-    return _report(path, recipe, open_source(recipe.source))
+    values = _write_numbers(path, recipe, open_source(recipe.source))
+    write_report(path)
+    return values
 
 
 def reference(points: str | Path, parameters: float) -> dict[str, float]:
@@ -110,28 +159,76 @@ def reference(points: str | Path, parameters: float) -> dict[str, float]:
     return fit_reference(read_points(points), parameters)
 
 
-def _through(last: str, recipe: RecipeLike, out: str | Path, overrides: Sequence[str], show: Show | None) -> dict[str, Any]:
-    """Do every stage up to `last` that is not done, and write the report."""
+def _through(
+    last: str,
+    recipe: RecipeLike,
+    out: str | Path | None,
+    overrides: Sequence[str],
+    overwrite: bool,
+    accept_changed: Sequence[str],
+    show: Show | None,
+) -> dict[str, Any]:
+    """Do every stage up to `last` that is not done, and write the report; on as many processes as there are."""
     loaded = load_recipe(recipe, overrides)
-    shown: Show = show or Silent()
-    source = open_source(loaded.source)
-    target_anatomy(source.anatomy, loaded.target or Target())
-    if last != "prepare":
-        from shearling.train.optim import choose_device
+    path, names = run_path(recipe, out), STAGES[: STAGES.index(last) + 1]
+    with join(loaded.runtime.device, loaded.runtime.timeout) as world, ExitStack() as held:
+        shown = show if show is not None and world.first else Silent()
+        source, device = world.everywhere(lambda: _checked(loaded, last, world, overwrite))
+        directory = RunDirectory(path, loaded, overwrite=overwrite, accept_changed=accept_changed)
 
-        choose_device(loaded.runtime)
-    with RunDirectory(out, loaded) as directory:
+        def enter() -> list[str]:
+            held.enter_context(directory)
+            return [*directory.notes, *_preflight(directory, source, last, device, world.size, world.local_size)]
+
+        for note in world.rank0_decides(enter):
+            shown.note(note)
         from shearling import stages
         from shearling.train.stop import StopOnSignal
 
-        if last != "prepare" and directory.result("prune") is None:
-            source.check()
         with StopOnSignal() as stop:
-            context = stages.Context(loaded, source, directory.path, stop, shown)
-            for name in STAGES[: STAGES.index(last) + 1]:
+            world.signal = lambda: stop.number
+            context = stages.Context(loaded, source, directory.path, world, shown)
+            for name in names:
                 context.check_stop()
-                directory.do(name, _work(name, context, directory), shown)
-        return _report(directory.path, loaded, source)
+                work = _work(name, context, directory)
+                directory.do(name, work, shown, again=name == last == "prepare", world=world)
+        if last == "prepare":  # what was made again must be what the later stages used
+            world.rank0_decides(lambda: check_artifacts(directory.path))
+        return world.rank0_decides(lambda: _report(directory.path, loaded, source, shown))
+
+
+def _checked(recipe: Recipe, last: str, world: World, overwrite: bool) -> tuple[Source, str]:
+    """The source, and the device of this process; raises what can be known to be wrong without the run directory."""
+    source = open_source(recipe.source)
+    target_anatomy(source.anatomy, recipe.target or Target())
+    if last == "prepare":
+        return source, "cpu"
+    from shearling.train.optim import choose_device
+    from shearling.train.parallel import check_microbatches
+
+    check_microbatches({"prune": recipe.prune, "train": recipe.train}, world.size)
+    device = choose_device(recipe.runtime, world.local_rank, world.local_size)
+    if overwrite:  # before anything is deleted
+        source.check()
+    return source, str(device)
+
+
+def _preflight(directory: RunDirectory, source: Source, last: str, device: str, processes: int = 1, here: int = 1) -> list[str]:
+    """Before any work of the stages up to `last` that are not done: raise for what would end them, return what may.
+
+    `device`: `cpu`, `cuda` or `cuda:N`. `processes`: of the run; `here`: on this machine.
+    """
+    recipe, remaining = directory.recipe, directory.remaining(STAGES[: STAGES.index(last) + 1])
+    if "prune" in remaining:
+        source.check()
+    opens_source = not {"prune", "train"}.isdisjoint(remaining) or ("evaluate" in remaining and recipe.evaluate.speed)
+    opens_tokens = not {"source", "prune", "train"}.isdisjoint(remaining)
+    check_artifacts(directory.path, tokens=opens_tokens, fingerprint=source.fingerprint if opens_source else None)
+    check_writable(directory.path, disk_needed(source, recipe, remaining, directory.half_done())["total"])
+    free = available_memory(device, here)
+    training = [stage for stage in STAGES_THAT_TRAIN if stage in remaining]
+    needed = {stage: stage_memory(source, recipe, stage, world_size=processes)["total"] for stage in training}
+    return [text for stage, size in needed.items() if (text := memory_warning(stage, size, free))]
 
 
 def _work(name: str, context: Context, directory: RunDirectory) -> Callable[[], dict[str, Any]]:
@@ -139,7 +236,7 @@ def _work(name: str, context: Context, directory: RunDirectory) -> Callable[[], 
     from shearling import stages
 
     def found(stage: str) -> dict[str, Any]:
-        result = directory.result(stage)
+        result = context.world.rank0_decides(lambda: directory.result(stage))
         assert result is not None, f"{name} needs {stage}, which comes before it"
         return result
 
@@ -150,16 +247,32 @@ def _work(name: str, context: Context, directory: RunDirectory) -> Callable[[], 
         "train": lambda: stages.train(context, found("prune"), found("source")),
         "evaluate": lambda: stages.measure_result(context),
     }
-    return works[name]
+
+    def work() -> dict[str, Any]:
+        with stages.memory_errors(name):
+            return works[name]()
+
+    return work
 
 
-def _report(path: Path, recipe: Recipe, source: Source) -> dict[str, Any]:
-    from shearling.report import write_report
+def _report(path: Path, recipe: Recipe, source: Source, show: Show) -> dict[str, Any]:
+    """Write report.json, and report.html if it can be: what it fails for is told and recorded, and does not end the run."""
+    values = _write_numbers(path, recipe, source)
+    try:
+        from shearling.report import write_report
 
+        write_report(path)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        show.note(f"report.html could not be written ({reason}); the run is not affected. `shearling report {path}` tries again.")
+        values = _write_numbers(path, recipe, source, {"report_error": reason})
+    return values
+
+
+def _write_numbers(path: Path, recipe: Recipe, source: Source, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
     target = target_anatomy(source.anatomy, recipe.target or Target())
-    values = summarise(path, recipe, source.anatomy, target)
+    values = summarise(path, recipe, source.anatomy, target) | dict(more or {})
     write_atomic(path / "report.json", json.dumps(values, indent=1) + "\n")
-    write_report(path)
     return values
 
 

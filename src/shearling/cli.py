@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,8 @@ from rich.markup import escape
 from shearling import api
 from shearling.errors import ConfigError, Problem, ShearlingError
 from shearling.progress import Terminal
+from shearling.run import run_path
+from shearling.world import launched_rank
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,53 +27,75 @@ app = typer.Typer(
     help="Shear a pretrained language model to exactly the shape you can serve.\n\n"
     "A recipe (YAML) names the source, the target shape, the text by domain, and the two stages of training. "
     "Start with [bold]shearling plan SOURCE --target ...[/bold], which computes nothing, then "
-    "[bold]shearling run RECIPE.yaml --out DIR[/bold]. The same command goes on after any interruption.\n\n"
+    "[bold]shearling run RECIPE.yaml[/bold]. The same command goes on after any interruption.\n\n"
     "Exit codes: 0 done · 1 a bug · 2 recipe or shape wrong · 3 model or text wrong · 4 numbers went wrong · 5 output exists or in "
     "use · 6 storage failed · 75 stopped by a signal, run the same command to go on.",
 )
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="The run directory; made if it is not there.", show_default=False)]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", metavar="DIR", help="The run directory; made if it is not there. Left out, runs/NAME of the recipe's file."),
+]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Override a field of the recipe, as in train.steps=100.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Delete the run that is there, and begin afresh. Leave it out to go on after an interruption.")
+]
+AcceptChanged = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--accept-changed",
+        metavar="FIELD",
+        help="Go on although this field of the recipe (or section, as in train) differs from what the run was begun with.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
-def run(recipe: RecipePath, out: Out, overrides: Set = None) -> None:
+def run(
+    recipe: RecipePath, out: Out = None, overrides: Set = None, overwrite: Overwrite = False, accept_changed: AcceptChanged = None
+) -> None:
     """The whole of it: prepare, prune, cut, verify, continue pretraining, evaluate, report. Run again, it goes on."""
-    _finish(api.run(recipe, out, overrides=overrides or (), show=Terminal()), out)
+    _finish(_through(api.run, recipe, out, overrides, overwrite, accept_changed), run_path(recipe, out))
 
 
 @app.command()
-def prepare(recipe: RecipePath, out: Out, overrides: Set = None) -> None:
+def prepare(
+    recipe: RecipePath, out: Out = None, overrides: Set = None, overwrite: Overwrite = False, accept_changed: AcceptChanged = None
+) -> None:
     """Text by domain to token shards in DIR/data."""
-    report = api.prepare(recipe, out, overrides=overrides or (), show=Terminal())
+    report = _through(api.prepare, recipe, out, overrides, overwrite, accept_changed)
     for domain, facts in report["data"]["domains"].items():
         typer.echo(f"{domain}: {facts['train_sequences']:,} training and {facts['heldout_sequences']:,} held-out sequences")
 
 
 @app.command()
-def prune(recipe: RecipePath, out: Out, overrides: Set = None) -> None:
+def prune(
+    recipe: RecipePath, out: Out = None, overrides: Set = None, overwrite: Overwrite = False, accept_changed: AcceptChanged = None
+) -> None:
     """The run up to the cut and verified model in DIR/pruned."""
-    _finish(api.prune(recipe, out, overrides=overrides or (), show=Terminal()), out)
+    _finish(_through(api.prune, recipe, out, overrides, overwrite, accept_changed), run_path(recipe, out))
 
 
 @app.command()
-def train(recipe: RecipePath, out: Out, overrides: Set = None) -> None:
+def train(
+    recipe: RecipePath, out: Out = None, overrides: Set = None, overwrite: Overwrite = False, accept_changed: AcceptChanged = None
+) -> None:
     """The run up to the trained model in DIR/model; stages that are done are kept."""
-    _finish(api.train(recipe, out, overrides=overrides or (), show=Terminal()), out)
+    _finish(_through(api.train, recipe, out, overrides, overwrite, accept_changed), run_path(recipe, out))
 
 
 @app.command()
 def plan(
     source: Annotated[str, typer.Argument(metavar="SOURCE", help="A Hugging Face directory, hub id, GGUF file or config.json.")],
     target: Annotated[str, typer.Option(metavar="FIELD=SIZE,...", help="The shape asked for, by config field.")] = "",
-    recipe: Annotated[Path | None, typer.Option(metavar="RECIPE.yaml", help="Take target, tokens and memory from a recipe.")] = None,
+    recipe: Annotated[Path | None, typer.Option(metavar="RECIPE.yaml", help="Take target, tokens, memory and disk from a recipe.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a target means before any compute: feasible or why not, parameters, what is pruned, tokens and memory."""
+    """What a target means before any compute: feasible or why not, parameters, what is pruned, tokens, memory and disk."""
     from shearling.planning import describe_text
 
     found = api.plan(source, _sizes(target) if target else None, recipe=recipe)
@@ -123,15 +148,32 @@ def main() -> None:
     try:
         app()
     except ShearlingError as error:
-        console = Console(stderr=True)
-        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        rank = launched_rank()
+        if rank == 0 or not error.told:
+            where = f" process {rank}:" if rank else ""
+            text = f"[bold red]error:[/bold red]{where} {escape(str(error))}"
+            Console(stderr=True).print(text, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
 
 
+def _through(
+    function: Callable[..., dict[str, Any]],
+    recipe: Path,
+    out: Path | None,
+    overrides: list[str] | None,
+    overwrite: bool,
+    accept_changed: list[str] | None,
+) -> dict[str, Any]:
+    more = {"overwrite": overwrite, "accept_changed": accept_changed or ()}
+    return function(recipe, out, overrides=overrides or (), show=Terminal(), **more)
+
+
 def _finish(report: dict[str, Any], out: Path) -> None:
+    if launched_rank():  # process 0 tells it
+        return
     from shearling.report import summary_table
 
     console = Console()

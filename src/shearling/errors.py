@@ -6,7 +6,7 @@ Shearling still catches it. A message says what is wrong, where, the value found
 | code | meaning |
 |---|---|
 | 0 | done |
-| 1 | a bug in Shearling |
+| 1 | a bug in Shearling, or another process of the run was lost |
 | 2 | the recipe, an option or a shape is wrong |
 | 3 | an artifact or data is wrong: a model, a token shard, a text file |
 | 4 | the numbers went wrong: NaN, infinity, masked and cut model differ |
@@ -37,6 +37,8 @@ class ShearlingError(Exception):
     """Root of every error raised on purpose. `exit_code` is what the command line ends with."""
 
     exit_code = 1
+    told = False
+    """Whether another process of the run raises the same error and tells it."""
 
 
 class ProblemsError(ShearlingError):
@@ -91,6 +93,12 @@ class StorageError(ShearlingError, OSError):
     """The disk is full or a path cannot be written."""
 
     exit_code = 6
+
+
+class PeerError(ShearlingError, ConnectionError):
+    """Another process of the run ended or does not answer."""
+
+    exit_code = 1
 
 
 class Stopped(ShearlingError):

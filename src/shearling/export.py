@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shearling.arch.families import anatomy_of
-from shearling.errors import NumericsError, OutputError
+from shearling.errors import NumericsError
 from shearling.io.files import (
     check_writable,
     publish_directory,
+    refuse_existing,
     remove_tree,
     replace_directory,
     stage_directory,
@@ -22,7 +23,7 @@ from shearling.io.files import (
 )
 from shearling.io.loading import NOT_OURS, load_stock
 from shearling.io.tensors import ShardWriter
-from shearling.prune.verify import difference_of, require_equal
+from shearling.prune.verify import difference_of, logits_of, require_equal
 
 if TYPE_CHECKING:
     import torch
@@ -35,12 +36,6 @@ TOLERANCE_ELSE = 2e-2
 SHARD_BYTES = 5 * 10**9
 
 
-def refuse_existing(final: Path, replace: bool = False) -> None:
-    """Raise `OutputError` where `final` exists and is not to be replaced."""
-    if not replace and (final.exists() or final.is_symlink()):
-        raise OutputError(f"{final}: exists already; choose another output, or ask to overwrite it")
-
-
 @contextlib.contextmanager
 def staging(final: Path, replace: bool = False, needed: int = 0) -> Iterator[Path]:
     """An empty directory to fill; on success it gets the name `final` in one rename, on any error it is removed.
@@ -48,7 +43,8 @@ def staging(final: Path, replace: bool = False, needed: int = 0) -> Iterator[Pat
     Before any work: `OutputError` where `final` exists (unless `replace`), `StorageError` where it cannot be written or fewer
     than `needed` bytes are free.
     """
-    refuse_existing(final, replace)
+    if not replace:
+        refuse_existing(final)
     check_writable(final, needed)
     sweep_temporary(final.parent, final.name)
     staged = stage_directory(final)
@@ -110,31 +106,32 @@ def publish_model(
     return final
 
 
-def save_model(
-    model: PreTrainedModel,
+def save_weights(
+    weights: Mapping[str, Tensor],
+    expected_BTV: Tensor,
+    sample_ids: Tensor,
     config: Mapping[str, Any],
     companions: Callable[[Path], None],
     final: Path,
     dtype: torch.dtype,
-    sample_ids: Tensor,
     replace: bool = False,
 ) -> Path:
-    """Publish a model that is in memory, cast to `dtype`; a tied `lm_head` is not written.
+    """Publish a model given by its weights (name -> whole tensor), cast to `dtype`; a tied `lm_head` is not written.
 
-    `sample_ids`: token ids [batch, position] on which the logits of model and reloaded model are compared. Raises
-    `NumericsError`, with nothing published, where a weight or the logits differ. Memory: the model, one shard, the reloaded
-    model, and unless the model is in `dtype` already a cast copy of it.
+    `expected_BTV` are the model's logits for `sample_ids` [batch, position]; the reloaded model's, computed in the same dtype, are
+    compared with them. Raises `NumericsError`, with nothing published, where a weight or the logits differ. Memory: one shard and the
+    reloaded model.
     """
     names = anatomy_of(config).tensors()
 
     def write(writer: ShardWriter) -> None:
-        state = model.state_dict()
         for name in names:
-            writer.add(name, state[name].detach().to(dtype))
+            writer.add(name, weights[name].detach().to(dtype))
 
     def verify(reloaded: PreTrainedModel) -> None:
-        _compare_weights(model, reloaded, dtype)
-        compare_logits(_logits(model, sample_ids, dtype), _logits(reloaded.to(sample_ids.device), sample_ids, dtype), dtype)
+        _compare_weights({name: weights[name] for name in names}, reloaded, dtype)
+        found = logits_of(reloaded.to(sample_ids.device, expected_BTV.dtype), sample_ids)
+        compare_logits(expected_BTV, found, dtype)
 
     return publish_model(write, config, companions, final, dtype, verify, replace)
 
@@ -147,28 +144,10 @@ def compare_logits(expected: Tensor, found: Tensor, dtype: torch.dtype) -> float
     return difference.relative_difference
 
 
-def _compare_weights(model: PreTrainedModel, reloaded: PreTrainedModel, dtype: torch.dtype) -> None:
+def _compare_weights(weights: Mapping[str, Tensor], reloaded: PreTrainedModel, dtype: torch.dtype) -> None:
     import torch
 
     found = reloaded.state_dict()
-    for name, value in model.state_dict().items():
+    for name, value in weights.items():
         if name not in found or not torch.equal(value.detach().to(dtype).cpu(), found[name].cpu()):
             raise NumericsError(f"weight {name} differs between the model and what was written; nothing was published. This is a bug")
-
-
-def _logits(model: PreTrainedModel, sample_ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """Logits of the model cast to `dtype`, which itself stays as it is."""
-    import torch
-
-    training = model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            if model.dtype == dtype:
-                logits: Tensor = model(input_ids=sample_ids, use_cache=False).logits
-            else:  # parameters only: loading, too, keeps buffers (the rotary frequencies) in fp32
-                cast = {name: parameter.to(dtype) for name, parameter in model.named_parameters()}
-                logits = torch.func.functional_call(model, cast, (sample_ids,), {"use_cache": False}).logits
-    finally:
-        model.train(training)
-    return logits

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -126,12 +126,29 @@ def dump_recipe(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+FREE_SECTION = "runtime"
+"""The section that says how to compute. Its fields may differ from one try to the next, unasked, ..."""
+NOT_FREE = ("runtime.device", "runtime.precision")
+"""... but for these, on which the numbers hang."""
+FIXED = ("source", "target", "data", "seed")
+"""What everything in a run directory was made from; where one of them differs, only a run begun afresh is right."""
+
+
 def differences(before: Recipe, after: Recipe) -> list[tuple[str, str, str]]:
-    """(field, before, after) of every field that differs and bears on the result; how to compute does not."""
+    """(field, before, after) of every field that differs and bears on the result; how to compute does not (`is_free`)."""
     old, new = _flat(before.model_dump(mode="json")), _flat(after.model_dump(mode="json"))
     keys = sorted(set(old) | set(new))
-    free = ("runtime.threads", "runtime.save_every", "runtime.keep_checkpoints")
-    return [(key, _shown(old, key), _shown(new, key)) for key in keys if old.get(key) != new.get(key) and key not in free]
+    return [(key, _shown(old, key), _shown(new, key)) for key in keys if old.get(key) != new.get(key) and not is_free(key)]
+
+
+def is_free(field: str) -> bool:
+    """Whether a field may differ from one try of a run to the next without being accepted: how to compute, and no more."""
+    return covers((FREE_SECTION,), field) and field not in NOT_FREE
+
+
+def covers(names: Iterable[str], field: str) -> bool:
+    """Whether one of `names` is the field, or one of the sections that it lies in: `train` covers `train.steps`."""
+    return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,16 +14,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from shearling.arch.families import Anatomy
 from shearling.data import mixture
 from shearling.data.loader import Loader
 from shearling.data.prepare import prepare
 from shearling.data.tokens import TokenSet, open_tokens
-from shearling.errors import ArtifactError, Problem, Stopped
+from shearling.errors import ArtifactError, ConfigError, Problem, Stopped
 from shearling.evaluate.loss import heldout_losses
 from shearling.evaluate.speed import measure_speed
-from shearling.export import publish_model, save_model
+from shearling.export import publish_model, save_weights
 from shearling.io.files import read_json
 from shearling.io.loading import load_stock
 from shearling.io.tensors import MemoryReader, ShardWriter
@@ -32,7 +35,7 @@ from shearling.prune.gates import Gates, gate_specs
 from shearling.prune.learn import GateLearner
 from shearling.prune.plan import PrunePlan, plan_from_masks
 from shearling.prune.transform import transform
-from shearling.prune.verify import Difference, compare_logits, masked_logits, require_equal
+from shearling.prune.verify import Difference, compare_logits, logits_of, masked_logits, require_equal
 from shearling.recipe import Recipe
 from shearling.run import Show
 from shearling.shapes import target_anatomy, target_config
@@ -40,8 +43,10 @@ from shearling.sources import Source
 from shearling.train import checkpoint
 from shearling.train.config import FitConfig
 from shearling.train.loop import Losses, Progress, Surroundings, fit
-from shearling.train.optim import choose_device, in_precision, prepare_model
-from shearling.train.stop import StopOnSignal
+from shearling.train.optim import choose_device, in_precision
+from shearling.train.parallel import make_mesh, parallelize, whole_weights
+from shearling.train.stop import signal_name
+from shearling.world import World
 
 _VERIFY_SEQUENCES = 2
 """Sequences on which masked and cut model are compared."""
@@ -49,19 +54,25 @@ _VERIFY_SEQUENCES = 2
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage works with."""
+    """What every stage works with. Stages run on all processes of a run; what they return is the same on each."""
 
     recipe: Recipe
     source: Source
     path: Path
     """The run directory."""
-    stop: StopOnSignal
+    world: World
+    """The processes of the run, and the signal that asks them to stop."""
     show: Show
 
     @cached_property
     def device(self) -> torch.device:
         """Where to compute."""
-        return choose_device(self.recipe.runtime)
+        return choose_device(self.recipe.runtime, self.world.local_rank, self.world.local_size)
+
+    @cached_property
+    def mesh(self) -> DeviceMesh | None:
+        """Over what a model is sharded; None on one process."""
+        return make_mesh(self.device, self.world)
 
     @cached_property
     def target(self) -> Anatomy:
@@ -70,53 +81,89 @@ class Context:
 
     @cached_property
     def tokens(self) -> TokenSet:
-        """The prepared text."""
-        return open_tokens(self.path / "data")
+        """The prepared text; process 0 compares its hashes."""
+        self.world.rank0_decides(lambda: bool(open_tokens(self.path / "data")))
+        return self.world.everywhere(lambda: open_tokens(self.path / "data", verify=False))
 
     @cached_property
     def objective(self) -> Callable[[nn.Module, Tensor], Tensor]:
         """Cross-entropy in the recipe's precision."""
         return in_precision(token_losses, self.device, self.recipe.runtime.precision)
 
+    def place(self, load: Callable[[], nn.Module]) -> nn.Module:
+        """The model that `load` gives on the CPU, set up on this run's device and processes; the processes of a machine load in turns."""
+        runtime, blocks, device, mesh = self.recipe.runtime, self.source.anatomy.family.anchors.layers, self.device, self.mesh
+        return self.world.in_turns(lambda: parallelize(load(), blocks, runtime, device, mesh))
+
+    def load_pruned(self) -> nn.Module:
+        """The cut model."""
+        return self.place(lambda: load_stock(self.path / "pruned", torch.float32, "pruned"))
+
     def evaluate(self, model: nn.Module) -> Losses:
-        """Held-out losses of a model as it stands."""
+        """Held-out losses of a model as it stands. Raises `Stopped` where a signal asks for it on the way."""
         heldout = {domain: self.tokens.sequences(domain, "heldout") for domain in self.tokens.domains}
-        size = self.recipe.evaluate.batch_size
-        return heldout_losses(model, heldout, self.objective, batch_size=size, device=self.device)
+        size, between = self.recipe.evaluate.batch_size, self.check_stop
+        return heldout_losses(model, heldout, self.objective, batch_size=size, device=self.device, world=self.world, between=between)
 
     def check_stop(self) -> None:
-        """Raise `Stopped` where a signal asked for it; for stages that have nothing to save."""
-        if self.stop.requested:
-            raise Stopped(f"stopped by {self.stop.requested}; finished stages are kept. Run the same command to go on.")
+        """Raise `Stopped` on all processes where a signal asked any to stop; for work that has nothing to save. A collective."""
+        self._stop(self.world.largest(self.world.signal()))
+
+    def check_stop_alone(self) -> None:
+        """The same in work that process 0 does alone."""
+        self._stop(self.world.stop_asked())
+
+    def _stop(self, number: int) -> None:
+        if number:
+            raise Stopped(f"stopped by {signal_name(number)}; finished stages are kept. Run the same command to go on.")
+
+
+@contextmanager
+def memory_errors(stage: str) -> Iterator[None]:
+    """Turn "out of memory" of a stage into a `ConfigError` with the remedies."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search(r"out of memory|can't allocate memory|not enough memory", str(error)):
+            raise
+        found = " ".join(str(error).split())[:200] or "no memory left"
+        remedy = (
+            "Use more microbatches, activation_checkpointing, shorter sequences or more processes; `shearling plan` estimates the need."
+        )
+        raise ConfigError(f"out of memory in the stage {stage}", [Problem("memory", found, remedy)]) from error
 
 
 def prepare_data(context: Context) -> dict[str, Any]:
     """Text to token shards in `data/`."""
 
     def progress(domain: str, documents: int, tokens: int) -> None:
-        context.check_stop()
+        context.check_stop_alone()
         context.show.count(f"{domain}: {documents:,} documents", tokens, "tokens")
 
-    vocab = context.source.anatomy.sizes["vocab"]
-    tokenizer = context.source.tokenizer()
-    manifest = prepare(context.recipe.data, tokenizer, vocab, context.path / "data", seed=context.recipe.seed, progress=progress)
-    for facts in manifest["domains"].values():
+    def work() -> dict[str, Any]:
+        recipe, vocab = context.recipe, context.source.anatomy.sizes["vocab"]
+        tokenizer = context.source.tokenizer()
+        manifest = prepare(recipe.data, tokenizer, vocab, context.path / "data", seed=recipe.seed, progress=progress)
+        return {"domains": manifest["domains"], "sequence_length": manifest["sequence_length"]}
+
+    found = context.world.rank0_decides(work)
+    for facts in found["domains"].values():
         for note in facts["notes"]:
             context.show.note(note)
-    return {"domains": manifest["domains"], "sequence_length": manifest["sequence_length"]}
+    return found
 
 
 def measure_source(context: Context) -> dict[str, Any]:
     """Held-out losses of the source, which are also the reference losses where the recipe says so."""
-    model = context.source.load_model().to(context.device)
-    return {"loss": context.evaluate(model), "fingerprint": context.source.fingerprint()}
+    model = context.place(context.source.load_model)
+    return {"loss": context.evaluate(model), "fingerprint": context.world.rank0_decides(context.source.fingerprint)}
 
 
 def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray) -> dict[str, Any]:
     """Learn the gates, harden them, cut, verify, and publish `plan.json` and `pruned/`."""
     config, anatomy = context.recipe.prune, context.source.anatomy
     began = time.perf_counter()
-    model = context.source.load_model().to(context.device)
+    model = context.place(context.source.load_model)
     specs = gate_specs(anatomy, context.target)
     around = _surroundings(context, "prune", config, source_result["loss"])
     calibration_tokens = 0
@@ -126,10 +173,10 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
         learner = GateLearner(gates, attachment, config.gates, steps=config.steps, warmup=warmup, seed=seed)
         start = Progress(shares, around.loader.start(), heldout=dict(source_result["loss"]))
         if specs:
-            if not checkpoint.steps(around.checkpoints):
+            if not context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints))):
                 learner.start_from(_starting_scores(context, model, attachment, gates, around.loader, shares))
             calibration_tokens = _calibration_tokens(context)
-            prepare_model(model, context.recipe.runtime)
+            model.train()
             progress = fit(model, config, around, start, learner)
         else:
             progress = start
@@ -138,33 +185,39 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
     made_by = {"method": "sheared-llama", "seed": seed, "steps": config.steps, "gates": config.gates.model_dump(mode="json")}
     plan = plan_from_masks(anatomy, context.target, masks, source_result["fingerprint"], made_by)
     difference = _cut(context, model, masks, plan)
-    plan.save(context.path / "plan.json")
-    cut = load_stock(context.path / "pruned", torch.float32, "pruned").to(context.device)
     return {
-        "loss": {"before_hardening": progress.heldout if config.steps and specs else None, "pruned": context.evaluate(cut)},
+        "loss": {
+            "before_hardening": progress.heldout if config.steps and specs else None,
+            "pruned": context.evaluate(context.load_pruned()),
+        },
         "tokens": progress.tokens + calibration_tokens,
         "steps": progress.step,
         "weights": progress.weights.tolist(),
         "cursors": progress.cursors.tolist(),
         "training_seconds": round(progress.seconds, 3),
         "seconds": round(time.perf_counter() - began, 3),
-        "verify": {**vars(difference), "sequences": _VERIFY_SEQUENCES},
+        "verify": {**difference, "sequences": _VERIFY_SEQUENCES},
     }
 
 
 def train(context: Context, pruned: Mapping[str, Any], source_result: Mapping[str, Any]) -> dict[str, Any]:
     """Continue pretraining the cut model and publish `model/`."""
     config = context.recipe.train
-    model = load_stock(context.path / "pruned", torch.float32, "pruned").to(context.device)
+    model = context.load_pruned()
     around = _surroundings(context, "train", config, source_result["loss"], offset=pruned["steps"])
     start = Progress(np.array(pruned["weights"], np.float64), np.array(pruned["cursors"], np.int64), heldout=dict(pruned["loss"]["pruned"]))
-    prepare_model(model, context.recipe.runtime)
+    model.train()
     progress = fit(model, config, around, start)
     model.eval()
     ids = _sample_ids(context)
-    values = read_json(context.path / "pruned" / "config.json")
-    final = context.path / "model"
-    save_model(model, values, context.source.save_companions, final, _export_dtype(context), ids, replace=final.exists())
+    expected, weights = logits_of(model, ids), whole_weights(model, context.world)
+
+    def publish() -> None:
+        values = read_json(context.path / "pruned" / "config.json")
+        companions, final = context.source.save_companions, context.path / "model"
+        save_weights(weights, expected, ids, values, companions, final, _export_dtype(context), replace=final.exists())
+
+    context.world.rank0_decides(publish)
     epochs = around.loader.epochs(progress.cursors)
     return {
         "loss": {"final": progress.heldout},
@@ -176,16 +229,25 @@ def train(context: Context, pruned: Mapping[str, Any], source_result: Mapping[st
 
 
 def measure_result(context: Context) -> dict[str, Any]:
-    """Speed of source and result, side by side."""
+    """Speed of source and result, side by side, on process 0. Where it cannot be measured, the run is done all the same."""
     if not context.recipe.evaluate.speed:
         return {}
     config = context.recipe.evaluate
     dtype = torch.float32 if context.device.type == "cpu" else torch.bfloat16
-    models = {
-        "source": context.source.load_model(dtype).to(context.device),
-        "model": load_stock(context.path / "model", dtype, "model").to(context.device),
-    }
-    speed = measure_speed(models, prompt_tokens=config.prompt_tokens, generate_tokens=config.generate_tokens, seed=context.recipe.seed)
+
+    def work() -> dict[str, Any]:
+        models = {
+            "source": context.source.load_model(dtype).to(context.device),
+            "model": load_stock(context.path / "model", dtype, "model").to(context.device),
+        }
+        return measure_speed(models, prompt_tokens=config.prompt_tokens, generate_tokens=config.generate_tokens, seed=context.recipe.seed)
+
+    try:
+        speed = context.world.rank0_decides(work)
+    except Exception as error:
+        found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        context.show.note(f"the speed could not be measured ({found}); everything else is done")
+        return {"speed_error": found}
     return {"speed": speed, "speed_dtype": str(dtype).removeprefix("torch."), "speed_device": str(context.device)}
 
 
@@ -224,8 +286,9 @@ def _surroundings(context: Context, stage: str, config: FitConfig, source_losses
         evaluate=context.evaluate,
         reweigh=reweigh,
         reference=reference or {},
-        stop=context.stop,
+        world=context.world,
         show=lambda step, steps, line: context.show.step(stage, step, steps, line),
+        note=context.show.note,
         step_offset=offset,
         reweigh_first=stage == "train",
     )
@@ -243,12 +306,8 @@ def _starting_scores(
     ids_BT = torch.from_numpy(calibration.batch(0, shares, loader.start()).ids).to(context.device)
     context.show.note(f"scoring every gate on {config.calibration_sequences} sequences")
 
-    def batches() -> Any:
-        for start in range(0, len(ids_BT), 2):
-            context.check_stop()
-            yield ids_BT[start : start + 2]
-
-    return scores.taylor(model, attachment, gates.specs, context.objective, batches())
+    batches = [ids_BT[start : start + 2] for start in range(0, len(ids_BT), 2)]
+    return scores.taylor(model, attachment, gates.specs, context.objective, batches, context.world, context.check_stop)
 
 
 def _calibration_tokens(context: Context) -> int:
@@ -256,12 +315,11 @@ def _calibration_tokens(context: Context) -> int:
     return config.calibration_sequences * context.tokens.sequence_length if config.start == "taylor" else 0
 
 
-def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: PrunePlan) -> Difference:
-    """Write `pruned/` from the trained weights, and publish it only if it computes what the gated model does."""
-    anatomy = context.source.anatomy
-    ids = _sample_ids(context)
+def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: PrunePlan) -> dict[str, float]:
+    """Write `pruned/` and `plan.json` from the trained weights, and publish only what computes what the gated model does."""
+    anatomy, ids = context.source.anatomy, _sample_ids(context)
     expected = masked_logits(model, anatomy, masks, ids)
-    reader = MemoryReader({name: parameter.detach() for name, parameter in model.named_parameters()})
+    reader = MemoryReader(whole_weights(model, context.world))
     found: list[Difference] = []
 
     def write(writer: ShardWriter) -> None:
@@ -272,10 +330,14 @@ def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: 
         found.append(compare_logits(cut.to(context.device), expected, ids))
         require_equal(found[-1])
 
-    final = context.path / "pruned"
-    values = target_config(context.source.config, anatomy, context.target, plan.layers)
-    publish_model(write, values, context.source.save_companions, final, torch.float32, verify, replace=final.exists())
-    return found[-1]
+    def publish() -> dict[str, float]:
+        final = context.path / "pruned"
+        values = target_config(context.source.config, anatomy, context.target, plan.layers)
+        publish_model(write, values, context.source.save_companions, final, torch.float32, verify, replace=final.exists())
+        plan.save(context.path / "plan.json")
+        return dict(vars(found[-1]))
+
+    return context.world.rank0_decides(publish)
 
 
 def _sample_ids(context: Context) -> Tensor:

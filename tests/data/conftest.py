@@ -1,14 +1,20 @@
-"""A tiny word-level tokenizer, and text to go with it."""
+"""A tiny word-level tokenizer, text to go with it, and a preparation of two domains that takes milliseconds."""
 
 from __future__ import annotations
 
 import json
 import random
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from shearling.config import parse
+from shearling.data import prepare as prepare_module
+from shearling.data.config import DataConfig
+from shearling.data.prepare import prepare
 
 WORDS = [f"w{number}" for number in range(60)]
 EOS, BOS = 0, 1
@@ -59,3 +65,36 @@ def texts() -> Callable[..., list[str]]:
 @pytest.fixture(scope="session")
 def jsonl() -> Callable[[Path, Iterable[str]], Path]:
     return write_lines
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A small domain and a larger one, in a folder of their own."""
+
+    folder: Path
+    config: DataConfig
+    tokenizer: Any
+    packed: list[str]
+    """The domains that were tokenised, in order, since the fixture was made."""
+
+    def __call__(self, out: Path, **arguments: Any) -> dict[str, Any]:
+        return prepare(self.config, self.tokenizer, 100, out, **{"seed": 1, **arguments})
+
+
+@pytest.fixture
+def preparation(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Preparation:
+    folder = tmp_path / "text"
+    domains = {
+        "web": str(write_lines(folder / "web.jsonl", make_texts(60, 1))),
+        "code": str(write_lines(folder / "code.jsonl", make_texts(20, 2))),
+    }
+    config = parse(DataConfig, {"sequence_length": 16, "heldout_sequences": 4, "domains": domains})
+    packed: list[str] = []
+    original = prepare_module.pack_domain
+
+    def pack_domain(origin: Any, *arguments: Any) -> Any:
+        packed.append(origin.name)
+        return original(origin, *arguments)
+
+    monkeypatch.setattr(prepare_module, "pack_domain", pack_domain)
+    return Preparation(folder, config, tokenizer, packed)

@@ -1,34 +1,55 @@
-"""Loader: a batch is a function of (seed, step, weights, cursors), and every sample has its turn."""
+"""Loader: a batch is a function of (seed, step, weights, cursors), every sample has its turn, and each process reads its own rows.
+
+The token sets are made of arrays in memory: the first two ids of a sequence say which sample of which domain it is.
+"""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from shearling.config import parse
-from shearling.data.config import DataConfig
-from shearling.data.loader import Loader
-from shearling.data.prepare import prepare
-from shearling.data.tokens import TokenSet, open_tokens
+from shearling.data.loader import Batch, Loader
+from shearling.data.mixture import update
+from shearling.data.order import sample_indices
+from shearling.data.tokens import SPLITS, TokenSet
 
+T = 4
 WEIGHTS = np.array([0.7, 0.3])
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory, texts: Any, jsonl: Any, tokenizer: Any) -> TokenSet:
-    folder: Path = tmp_path_factory.mktemp("loader")
-    domains = {name: str(jsonl(folder / f"{name}.jsonl", texts(number, seed=number))) for name, number in (("web", 40), ("code", 12))}
-    prepare(parse(DataConfig, {"domains": domains, "sequence_length": 8}), tokenizer, 100, folder / "out", seed=1)
-    return open_tokens(folder / "out")
+def token_set(*sizes: int) -> TokenSet:
+    """Domains d0, d1, ... of these sizes; row n of domain d begins with d, n."""
+    arrays = {}
+    for domain, size in enumerate(sizes):
+        rows = np.zeros((size, T), dtype="<u2")
+        rows[:, 0], rows[:, 1] = domain, np.arange(size)
+        arrays |= {(f"d{domain}", split): rows for split in SPLITS}
+    manifest = {"domains": {f"d{domain}": {} for domain in range(len(sizes))}, "sequence_length": T, "vocab_size": 2**16}
+    return TokenSet(Path("memory"), manifest, arrays)
 
 
-def test_two_passes_are_equal_and_any_step_can_be_resumed(tokens: TokenSet) -> None:
+def saved(weights: Any, cursors: Any) -> tuple[Any, Any, str]:
+    """Weights and cursors as they come back from a checkpoint, and what was written there."""
+    text = json.dumps({"weights": weights.tolist(), "cursors": cursors.tolist()})
+    values = json.loads(text)
+    return np.array(values["weights"], np.float64), np.array(values["cursors"], np.int64), text
+
+
+def drawn(batch: Batch) -> list[tuple[int, int]]:
+    """(domain, sample) of each row that was read, from the ids themselves."""
+    return [(domain, sample) for domain, sample, *_ in batch.ids.tolist()]
+
+
+def test_two_passes_are_equal_and_any_step_can_be_resumed() -> None:
     batches = []
     for _ in range(2):
-        loader = Loader(tokens, 16, seed=5)
+        loader = Loader(token_set(300, 90), 16, seed=5)
         cursors = loader.start()
         for step in range(20):
             batch = loader.batch(step, WEIGHTS, cursors)
@@ -37,41 +58,115 @@ def test_two_passes_are_equal_and_any_step_can_be_resumed(tokens: TokenSet) -> N
     for (_, first), (_, second) in zip(batches[:20], batches[20:], strict=True):
         assert np.array_equal(first.ids, second.ids)
     cursors, batch = batches[13]
-    assert np.array_equal(Loader(tokens, 16, seed=5).batch(13, WEIGHTS, cursors).ids, batch.ids)
+    assert np.array_equal(Loader(token_set(300, 90), 16, seed=5).batch(13, WEIGHTS, cursors).ids, batch.ids)
 
 
-def test_batches_hold_rows_of_the_domains_they_name(tokens: TokenSet) -> None:
-    loader = Loader(tokens, 32, seed=5)
+def test_batches_hold_the_samples_they_name() -> None:
+    loader = Loader(token_set(300, 90), 32, seed=5)
     cursors = loader.start()
     batch = loader.batch(0, WEIGHTS, cursors)
-    assert batch.ids.shape == (32, 8)
-    assert batch.ids.dtype == np.int64
+    assert batch.ids.shape == (32, T)
+    assert (batch.ids.dtype, batch.samples.dtype, batch.domains.dtype) == (np.int64,) * 3
     assert cursors.tolist() == [0, 0]  # not changed in place
     assert batch.cursors.tolist() == np.bincount(batch.domains, minlength=2).tolist()
-    for row, domain in zip(batch.ids, batch.domains, strict=True):
-        assert (tokens.sequences(tokens.domains[domain], "train") == row).all(axis=1).any()
+    assert drawn(batch) == list(zip(batch.domains.tolist(), batch.samples.tolist(), strict=True))
+    assert loader.epochs(np.array([150, 180])).tolist() == [0.5, 2.0]
 
 
-def test_each_sample_comes_once_an_epoch_across_batches_and_changing_weights(tokens: TokenSet) -> None:
-    loader = Loader(tokens, 7, seed=5)
-    cursors, rows = loader.start(), []
-    size = int(loader.sizes[1])
-    step = 0
-    while cursors[1] < 3 * size:
+@pytest.mark.parametrize("rows", [slice(2, 7), slice(1, None, 2), np.array([5, 0, 5]), np.array([], dtype=np.int64), slice(0, 0)])
+def test_only_the_rows_asked_for_are_read(rows: Any) -> None:
+    class Counted(np.ndarray):
+        def __getitem__(self, index: Any) -> Any:
+            read.extend(np.atleast_1d(index).tolist())
+            return np.asarray(self)[index]
+
+    read: list[int] = []
+    tokens = token_set(300, 90)
+    whole = Loader(tokens, 8, seed=5).batch(3, WEIGHTS, np.array([17, 4]))
+    tokens = TokenSet(tokens.path, tokens.manifest, {key: ids.view(Counted) for key, ids in tokens.arrays.items()})
+    part = Loader(tokens, 8, seed=5).batch(3, WEIGHTS, np.array([17, 4]), rows)
+    assert np.array_equal(part.ids, whole.ids[rows])
+    assert sorted(read) == sorted(whole.samples[rows].tolist())
+    for name in ("domains", "samples", "cursors"):
+        assert np.array_equal(getattr(part, name), getattr(whole, name))
+
+
+@settings(max_examples=40, deadline=None)
+@given(batch_size=st.integers(1, 9), batches=st.integers(1, 8), extra=st.integers(0, 8), seed=st.integers(0, 2**32))
+def test_a_domain_that_runs_out_begins_anew_in_another_order(batch_size: int, batches: int, extra: int, seed: int) -> None:
+    """In order over more than three epochs; without `extra` samples every epoch ends with a batch, else inside one."""
+    size = batch_size * batches + extra
+    loader, cursors, order = Loader(token_set(size), batch_size, seed), np.zeros(1, np.int64), []
+    steps = -(-7 * size // (2 * batch_size))
+    for step in range(steps):
+        if cursors[0] % size == 0:  # stopped at the very boundary, and gone on with by another process
+            loader = Loader(token_set(size), batch_size, seed)
+            _, cursors, _ = saved(np.ones(1), cursors)
+        batch = loader.batch(step, np.ones(1), cursors)
+        order += [sample for _, sample in drawn(batch)]
+        cursors = batch.cursors
+    assert order == sample_indices(np.arange(steps * batch_size), size, seed, "d0").tolist()
+    epochs = [order[epoch * size : (epoch + 1) * size] for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(size))  # each sample once
+    if size > 8:
+        assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
+
+
+def test_each_sample_comes_once_an_epoch_across_changing_weights() -> None:
+    loader = Loader(token_set(83, 31), 7, seed=5)
+    cursors, step, order = loader.start(), 0, []
+    while cursors[1] < 4 * 31:
         share = 0.2 + 0.6 * (step % 3) / 2
         batch = loader.batch(step, np.array([1 - share, share]), cursors)
-        rows += batch.ids[batch.domains == 1].tolist()
+        order += [sample for domain, sample in drawn(batch) if domain == 1]
         cursors, step = batch.cursors, step + 1
-    expected = sorted(tokens.sequences("code", "train").tolist())
-    for epoch in range(3):
-        assert sorted(rows[epoch * size : (epoch + 1) * size]) == expected
-    assert rows[:size] != rows[size : 2 * size]
-    assert loader.epochs(cursors)[1] >= 3
+    assert order == sample_indices(np.arange(len(order)), 31, 5, "d1").tolist()
 
 
-def test_heldout(tokens: TokenSet) -> None:
-    loader = Loader(tokens, 4, seed=5)
-    rows = tokens.sequences("web", "heldout")
-    assert np.array_equal(loader.heldout("web", 2), rows[:2])
-    assert loader.heldout("web", 10**6).shape == rows.shape
-    assert loader.heldout("web", 2).dtype == np.int64
+SIZES, R, STEPS = (700, 90, 110), 40, 250
+
+
+def moved(weights: Any, step: int) -> Any:
+    """The shares after an evaluation with losses that swing."""
+    losses = 2.0 + np.random.default_rng(step).normal(size=3)
+    return update("unclipped", weights, losses, np.array([2.0, 2.0, 2.0]), smoothing=0.05, step_size=0.5)
+
+
+def run_through(kills: list[int], ranks: int = 1) -> list[tuple[int, int]]:
+    """(domain, sample) of every draw of a run, in order, as `ranks` processes read them; before each step in `kills` all begin anew."""
+    loaders = [Loader(token_set(*SIZES), R, seed=11) for _ in range(ranks)]
+    weights, cursors = np.array([0.5, 0.3, 0.2]), loaders[0].start()
+    order, sizes = [], set()
+    for step in range(STEPS):
+        if step in kills:
+            weights, cursors, text = saved(weights, cursors)
+            sizes.add(len(text))
+            loaders = [Loader(token_set(*SIZES), R, seed=11) for _ in range(ranks)]
+        parts = [
+            loader.batch(step, weights, cursors, slice(rank * R // ranks, (rank + 1) * R // ranks)) for rank, loader in enumerate(loaders)
+        ]
+        order += [pair for part in parts for pair in drawn(part)]
+        cursors = parts[0].cursors
+        assert all(np.array_equal(part.cursors, cursors) for part in parts)
+        if step % 8 == 7:
+            weights = moved(weights, step)
+    assert not sizes or max(sizes) < 140  # the state does not grow with the steps
+    return order
+
+
+@pytest.fixture(scope="module")
+def undisturbed() -> list[tuple[int, int]]:
+    return run_through([])
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ten_thousand_draws_are_the_same_after_kills_anywhere(undisturbed: list[tuple[int, int]], ranks: int) -> None:
+    """While the shares move; in order, and on any number of processes."""
+    assert len(undisturbed) == 10_000
+    for domain, size in enumerate(SIZES):
+        order = [sample for other, sample in undisturbed if other == domain]
+        assert len(order) > 3 * size
+        assert order == sample_indices(np.arange(len(order)), size, 11, f"d{domain}").tolist()
+    kills = np.random.default_rng(ranks).choice(STEPS, 40, replace=False).tolist()
+    assert run_through(kills, ranks) == undisturbed

@@ -93,13 +93,16 @@ def test_the_model_is_left_as_it_was_after_an_error() -> None:
     source, specs = specs_of("llama")
     expected = model(BATCHES[0]).logits
 
-    def interrupted() -> Any:
-        yield BATCHES[0]
-        raise InterruptedError
+    seen: list[None] = []
+
+    def interrupted() -> None:
+        seen.append(None)
+        if len(seen) > 1:
+            raise InterruptedError
 
     with Attachment(model, source) as attachment:
         with pytest.raises(InterruptedError):
-            scores.taylor(model, attachment, specs, token_losses, interrupted())
+            scores.taylor(model, attachment, specs, token_losses, BATCHES, between=interrupted)
         assert all(parameter.requires_grad for parameter in model.parameters()) and model.training
         assert torch.equal(model(BATCHES[0]).logits, expected)
 

@@ -1,6 +1,6 @@
 """The batch of a step: which domains, which samples, their ids. A function of (seed, step, weights, cursors); there is no other state.
 
-Legend: D domains, R sequences in a batch, T tokens in a sequence.
+Legend: D domains, R sequences in a batch, N of them that this process reads, T tokens in a sequence.
 """
 
 from __future__ import annotations
@@ -17,12 +17,14 @@ from shearling.data.tokens import TokenSet
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step trains on."""
+    """What one step trains on. All but the ids is of the whole batch, and the same in every process."""
 
     ids: NDArray[np.int64]
-    """[R, T] token ids."""
+    """[N, T] token ids of the rows that were asked for."""
     domains: NDArray[np.int64]
     """[R] index of each sequence's domain."""
+    samples: NDArray[np.int64]
+    """[R] index of each sequence in its domain's training shard."""
     cursors: NDArray[np.int64]
     """[D] samples of each domain used up to and including this batch: what the next step passes in."""
 
@@ -47,21 +49,32 @@ class Loader:
         """The cursors [D] before the first step."""
         return np.zeros(len(self.sizes), dtype=np.int64)
 
-    def batch(self, step: int, weights: NDArray[np.float64], cursors: NDArray[np.int64]) -> Batch:
-        """The batch of `step`, with domains drawn by `weights` [D]; `cursors` [D] says how far each domain has been read."""
+    def batch(
+        self, step: int, weights: NDArray[np.float64], cursors: NDArray[np.int64], rows: NDArray[np.int64] | slice | None = None
+    ) -> Batch:
+        """The batch of `step`.
+
+        Args:
+            step: any number, another for each batch of a run.
+            weights: [D] shares by which the domains are drawn.
+            cursors: [D] how far each domain has been read.
+            rows: which of the R sequences this process reads, as [N] indices or a slice; None for all of them.
+        """
         domains_R = draw(weights, self.batch_size, self.seed, step)
         counts_D = np.bincount(domains_R, minlength=len(self.sizes))
-        ids_RT = np.empty((self.batch_size, self.tokens.sequence_length), dtype=np.int64)
+        samples_R = np.empty(self.batch_size, dtype=np.int64)
         for index in np.flatnonzero(counts_D).tolist():
-            name = self.tokens.domains[index]
             positions = cursors[index] + np.arange(counts_D[index])
-            samples = sample_indices(positions, int(self.sizes[index]), self.seed, name)
-            ids_RT[domains_R == index] = self.tokens.sequences(name, "train")[samples]
-        return Batch(ids_RT, domains_R, cursors + counts_D)
+            samples_R[domains_R == index] = sample_indices(positions, int(self.sizes[index]), self.seed, self.tokens.domains[index])
+        chosen = slice(None) if rows is None else rows
+        return Batch(self._read(domains_R[chosen], samples_R[chosen]), domains_R, samples_R, cursors + counts_D)
 
-    def heldout(self, domain: str, n: int) -> NDArray[np.int64]:
-        """The first n held-out sequences of a domain, or all of them if there are fewer: ids [n, T]."""
-        return self.tokens.sequences(domain, "heldout")[:n].astype(np.int64)
+    def _read(self, domains_N: NDArray[np.int64], samples_N: NDArray[np.int64]) -> NDArray[np.int64]:
+        ids_NT = np.empty((len(domains_N), self.tokens.sequence_length), dtype=np.int64)
+        for index in np.unique(domains_N).tolist():
+            here_N = domains_N == index
+            ids_NT[here_N] = self.tokens.sequences(self.tokens.domains[index], "train")[samples_N[here_N]]
+        return ids_NT
 
     def epochs(self, cursors: NDArray[np.int64]) -> NDArray[np.float64]:
         """How often each domain [D] has been gone through; above 1 its samples repeat."""

@@ -1,5 +1,8 @@
 """From text to token shards: look at everything, tokenise and pack domain by domain, publish one directory whole.
 
+A try that was cut short is gone on with, and a damaged directory is mended, by the same call: both are a token set in which some
+domains are finished and others are not.
+
 As in Sheared LLaMA's preparation, a document becomes BOS (where the tokenizer adds it), its ids, EOS; the documents of a domain
 follow one another and are cut into rows of T tokens, and the last partial row is dropped. What is different: ids of up to 32 bits,
 exact duplicates dropped, and held-out text chosen document by document, so that no document is on both sides.
@@ -7,8 +10,6 @@ exact duplicates dropped, and held-out text chosen document by document, so that
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,24 +18,19 @@ from shearling.data.config import DataConfig
 from shearling.data.encode import Encoder, tokenizer_fingerprint
 from shearling.data.origins import Origin, find_origins, survey
 from shearling.data.pack import Progress, pack_domain
-from shearling.data.tokens import FORMAT, MANIFEST, dtype_for, open_tokens
-from shearling.errors import OutputError
-from shearling.io.files import (
-    RunLock,
-    check_writable,
-    publish_directory,
-    remove_tree,
-    stage_directory,
-    storage_errors,
-    sweep_temporary,
-    write_atomic,
-)
+from shearling.data.partial import Partial
+from shearling.data.tokens import FORMAT, MANIFEST, SPLITS, damaged_shards, dtype_for, fingerprint, read_manifest, shard_name
+from shearling.errors import ArtifactError, OutputError, Problem
+from shearling.io.files import RunLock, check_writable, publish_directory, replace_directory, storage_errors, sweep_temporary
 
 
 def prepare(
     config: DataConfig, tokenizer: Any, vocab_size: int, out: Path, *, seed: int, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Make the token shards of every domain, or find them made.
+
+    A domain that was finished before a kill, an error or a full disk is not tokenised again by the next call with the same settings.
+    Where `out` is finished but shards in it are missing or damaged, their domains are made anew and the others taken over.
 
     Held out are a domain's `heldout` files, or else documents split off from its text: a document is held out where a hash of seed
     and text falls under a small fraction, whatever other files there are, until `heldout_sequences` are filled; such documents
@@ -46,8 +42,8 @@ def prepare(
         config: domains and lengths; paths are relative to the working directory unless `config.resolved` made them absolute.
         tokenizer: a Hugging Face fast tokenizer.
         vocab_size: rows of the model's embedding; every id is below it.
-        out: directory to publish. Returned from straight away if it holds this data already: the same settings, tokenizer, and
-            names and sizes of the files.
+        out: directory to publish. Returned from straight away if it holds this data already, undamaged: the same settings,
+            tokenizer, and names and sizes of the files.
         seed: decides which documents are held out.
         progress: called with domain, documents so far, tokens so far.
 
@@ -59,68 +55,91 @@ def prepare(
     Raises:
         DataError: files, text or tokenizer are wrong; what can be found before tokenising is found then, and all at once.
         OutputError: `out` holds something else, or another process is writing it.
-        ArtifactError: `out` holds this data, but damaged.
-        StorageError: the disk is full or not writable. Nothing is left under a final name.
+        ArtifactError: `out` holds this data, but its manifest is damaged, or the text now gives other shards than the damaged
+            ones were. `out` is left as it is.
+        StorageError: the disk is full or not writable.
+        Nothing incomplete is ever left under the name `out`.
     """
     out = Path(out)
+    if out.is_dir():
+        out = out.resolve()  # what a link points to is mended in its place
     encoder = Encoder(tokenizer, vocab_size)
     origins = find_origins(config)
+    head = _head(config, encoder, origins, tokenizer_fingerprint(tokenizer), seed)
+    there = _existing(out, head)
+    if there and not damaged_shards(out, there):
+        return there
+    if not out.exists():  # in a folder that is there, a kill would leave the trial's file
+        check_writable(out)
+    with RunLock(out.parent / f".{out.name}.lock"), storage_errors(out):
+        sweep_temporary(out.parent, out.name)
+        there = _existing(out, head)  # a process that held the lock until now, or the sweep, may have put it there
+        damaged = damaged_shards(out, there) if there else {}
+        if there and not damaged:
+            return there
+        with Partial(out, there or head) as partial:  # what is mended keeps its order of domains, by which cursors are saved
+            if there:
+                lost = partial.domains.keys() | {domain for domain, _ in damaged}
+                partial.take_over(out, {name: facts for name, facts in there["domains"].items() if name not in lost})
+            _complete(partial, config, encoder, origins, seed, progress)
+            if there:
+                _check_promises(there, partial, out)
+                replace_directory(partial.path, out)
+            else:
+                if out.is_dir():  # empty, or _existing would have refused it
+                    out.rmdir()
+                publish_directory(partial.path, out)
+    return partial.manifest
+
+
+def _head(config: DataConfig, encoder: Encoder, origins: list[Origin], tokenizer: str, seed: int) -> dict[str, Any]:
+    """The manifest without its domains: all that is known before a text is read."""
     settings = {
         "format": FORMAT,
         **config.model_dump(include={"sequence_length", "heldout_sequences", "max_train_sequences"}),
-        "vocab_size": vocab_size,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "vocab_size": encoder.vocab_size,
+        "tokenizer": tokenizer,
         "seed": seed,
         "domains": {origin.name: origin.settings() for origin in origins},
     }
-    if finished := _finished(out, settings):
-        return finished
-    check_writable(out)
-    with RunLock(out.parent / f".{out.name}.lock"), storage_errors(out):
-        if finished := _finished(out, settings):  # by a process that held the lock until now
-            return finished
-        sweep_temporary(out.parent, out.name)
-        staged = stage_directory(out)
-        try:
-            manifest = _build(config, encoder, origins, settings, staged, seed, progress)
-            write_atomic(staged / MANIFEST, json.dumps(manifest, indent=1))
-            if out.is_dir() and not out.is_symlink():  # empty, or _finished would have refused it
-                out.rmdir()
-            publish_directory(staged, out)
-        except BaseException:
-            remove_tree(staged)
-            raise
-    return manifest
-
-
-def _build(
-    config: DataConfig,
-    encoder: Encoder,
-    origins: list[Origin],
-    settings: Mapping[str, Any],
-    folder: Path,
-    seed: int,
-    progress: Progress | None,
-) -> dict[str, Any]:
-    """Write every shard into `folder` and return the manifest."""
-    whole, facts = survey(origins), {}
-    # Small domains first: one that is too short for a sequence is found before hours go into a large one.
-    for origin in sorted(origins, key=lambda origin: origin.size()):
-        facts[origin.name] = pack_domain(origin, whole, config, encoder, folder, seed, progress)
     return {
         "format": FORMAT,
-        "fingerprint": _fingerprint(settings),
+        "fingerprint": fingerprint(settings),
         "dtype": dtype_for(encoder.vocab_size).str,
         "sequence_length": config.sequence_length,
         "vocab_size": encoder.vocab_size,
-        "tokenizer": settings["tokenizer"],
+        "tokenizer": tokenizer,
         "settings": settings,
-        "domains": {origin.name: facts[origin.name] for origin in origins},
     }
 
 
-def _finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of `out` if it holds data made with these settings, None if nothing is there; `OutputError` for all else."""
+def _complete(partial: Partial, config: DataConfig, encoder: Encoder, origins: list[Origin], seed: int, progress: Progress | None) -> None:
+    """Make every domain that is not finished."""
+    missing = [origin for origin in origins if origin.name not in partial.domains]
+    if not missing:
+        return
+    whole = survey(origins)
+    # Small domains first: one that is too short for a sequence is found before hours go into a large one.
+    for origin in sorted(missing, key=lambda origin: origin.size()):
+        partial.finish({origin.name: pack_domain(origin, whole, config, encoder, partial.path, seed, progress)})
+
+
+def _check_promises(there: Mapping[str, Any], partial: Partial, out: Path) -> None:
+    """Raise `ArtifactError`, and keep nothing, where a shard made anew is not the one that the manifest of `out` promised."""
+    remedy = f"Its text, or the manifest, has changed: put that back as it was, or delete {out} and prepare all of it anew."
+    problems = []
+    for name, facts in there["domains"].items():
+        for split in SPLITS:
+            made, promised = partial.domains[name]["sha256"][split], facts["sha256"][split]
+            if made != promised:
+                problems.append(Problem(shard_name(name, split), f"sha256 {made} where {promised} is expected", remedy))
+    if problems:
+        partial.discard()
+        raise ArtifactError(f"{out}: damaged, and cannot be mended: the text gives other shards than it did", problems)
+
+
+def _existing(out: Path, head: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of `out` if that was made with these settings, None if nothing is there; `OutputError` for all else."""
     if out.is_dir():
         if not any(out.iterdir()):
             return None
@@ -130,17 +149,13 @@ def _finished(out: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
         raise OutputError(f"{out}: exists and is no directory; choose another output")
     else:
         return None
-    manifest = dict(open_tokens(out, verify=False).manifest)
-    if manifest.get("fingerprint") == _fingerprint(settings):
+    manifest = read_manifest(out)
+    if manifest["fingerprint"] == head["fingerprint"]:
         return manifest
-    there, asked = _flat(manifest.get("settings", {})), _flat(settings)
+    there, asked = _flat(manifest["settings"]), _flat(head["settings"])
     names = sorted(name for name in there.keys() | asked.keys() if there.get(name) != asked.get(name))
     differences = "; ".join(f"{name}: {there.get(name, 'absent')} there, {asked.get(name, 'absent')} asked for" for name in names)
     raise OutputError(f"{out}: holds data prepared otherwise ({differences}); choose another output, or delete it")
-
-
-def _fingerprint(settings: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,8 @@ A shard is a raw little-endian array of ids [n, T], row after row, without a hea
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,14 +17,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shearling.data.config import domain_name_problem
+from shearling.data.verified import Verified
 from shearling.errors import ArtifactError, Problem
-from shearling.io.files import read_json, sha256_file
+from shearling.io.files import read_json
 
 FORMAT = 1
 """Version of the layout; raised when older readers would misread it."""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
 _AGAIN = "The directory is damaged: delete it and prepare the data again."
+_REBUILD = "Run `shearling prepare` with the same recipe and --out to rebuild this shard."
 Ids = NDArray[Any]
 
 
@@ -70,45 +73,85 @@ class TokenSet:
 def open_tokens(path: str | Path, *, verify: bool = True) -> TokenSet:
     """Open a directory that `prepare` made.
 
-    Sizes are checked always. `verify` reads every shard once and compares its sha256; leave it out where another process of the
-    same job has just done so.
+    Sizes are checked always. `verify` compares the sha256 of every shard, and reads those that have changed on disk since they were
+    last verified; leave it out where another process of the same job has just done so.
 
     Raises:
         ArtifactError: the directory or a shard is missing, of another size or content, or made by another version.
     """
     path = Path(path)
+    manifest = read_manifest(path)
+    problems = damaged_shards(path, manifest) if verify else shard_problems(path, manifest, None)
+    if problems:
+        headline = f"{path}: {len(problems)} shard{'s' * (len(problems) > 1)} cannot be used"
+        raise ArtifactError(headline, list(problems.values()))
+    dtype, length = np.dtype(manifest["dtype"]), manifest["sequence_length"]
+    arrays: dict[tuple[str, str], Ids] = {
+        (domain, split): np.memmap(path / shard_name(domain, split), dtype, "r", shape=(facts[f"{split}_sequences"], length))
+        for domain, facts in manifest["domains"].items()
+        for split in SPLITS
+    }
+    return TokenSet(path, manifest, arrays)
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a directory that `prepare` made; raise `ArtifactError` where there is none or it is not sound."""
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
         raise ArtifactError(f"{path}: no prepared data", [Problem("data", found, "Prepare the data first.")])
     manifest = read_json(path / MANIFEST)
-    problems = _manifest_problems(manifest)
+    try:
+        problems = _manifest_problems(manifest) or _contradictions(manifest)
+    except RecursionError:
+        problems = [Problem("manifest", "lists in lists without end", _AGAIN)]
     if problems:
         raise ArtifactError(f"{path / MANIFEST}: cannot be used", problems)
-    arrays: dict[tuple[str, str], Ids] = {}
-    dtype, length = np.dtype(manifest["dtype"]), manifest["sequence_length"]
-    for domain, facts in manifest["domains"].items():
+    return dict(manifest)
+
+
+def damaged_shards(path: Path, manifest: Mapping[str, Any]) -> dict[tuple[str, str], Problem]:
+    """(domain, split) -> what is wrong with the shard, by size and sha256; reads only what has changed since it was last verified."""
+    with Verified(path) as verified:
+        return shard_problems(path, manifest, verified.sha256)
+
+
+def shard_problems(path: Path, manifest: Mapping[str, Any], sha256: Callable[[Path, str], str] | None) -> dict[tuple[str, str], Problem]:
+    """(domain, split) -> what is wrong with the shard.
+
+    Args:
+        path: the directory.
+        manifest: as `read_manifest` gives it.
+        sha256: (file, expected digest) -> its digest; None to compare sizes only.
+    """
+    problems: dict[tuple[str, str], Problem] = {}
+    row = manifest["sequence_length"] * np.dtype(manifest["dtype"]).itemsize
+    for domain in manifest["settings"]["domains"]:
+        facts = manifest["domains"].get(domain)
         for split in SPLITS:
-            file, rows = path / shard_name(domain, split), facts[f"{split}_sequences"]
-            problem = _shard_problem(file, rows * length * dtype.itemsize, facts["sha256"][split] if verify else None)
-            if problem:
-                problems.append(problem)
+            if facts is None:
+                found: str | None = "no such domain in the manifest, so preparing did not come to its end"
             else:
-                arrays[domain, split] = np.memmap(file, dtype=dtype, mode="r", shape=(rows, length))
-    if problems:
-        raise ArtifactError(f"{path}: {len(problems)} shard{'s' * (len(problems) > 1)} cannot be used", problems)
-    return TokenSet(path, manifest, arrays)
+                size, digest = facts[f"{split}_sequences"] * row, facts["sha256"][split]
+                found = _difference(path / shard_name(domain, split), size, digest, sha256)
+            if found:
+                problems[domain, split] = Problem(shard_name(domain, split), found, _REBUILD)
+    return problems
 
 
-def _shard_problem(file: Path, size: int, sha256: str | None) -> Problem | None:
+def _difference(file: Path, size: int, digest: str, sha256: Callable[[Path, str], str] | None) -> str | None:
     try:
-        found = file.stat().st_size
-        if found != size:
-            return Problem(file.name, f"{found} bytes where {size} are expected", _AGAIN)
-        if sha256 and (digest := sha256_file(file)) != sha256:
-            return Problem(file.name, f"sha256 {digest} where {sha256} is expected", _AGAIN)
+        if (found := file.stat().st_size) != size:
+            return f"{found} bytes where {size} are expected"
+        if sha256 and (actual := sha256(file, digest)) != digest:
+            return f"sha256 {actual} where {digest} is expected"
     except OSError as error:
-        return Problem(file.name, f"{error.strerror} where {size} bytes are expected", _AGAIN)
+        return f"{error.strerror} where {size} bytes are expected"
     return None
+
+
+def fingerprint(settings: Mapping[str, Any]) -> str:
+    """Sha256 over the settings of a preparation: equal ones give equal shards."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def _manifest_problems(manifest: Any) -> list[Problem]:
@@ -117,12 +160,12 @@ def _manifest_problems(manifest: Any) -> list[Problem]:
         found = repr(manifest.get("format")) if isinstance(manifest, dict) else type(manifest).__name__
         return [Problem("format", found, f"This version reads format {FORMAT}: prepare the data again.")]
     problems = [
-        Problem(field, repr(manifest.get(field)), _AGAIN)
+        Problem(field, repr(manifest.get(field))[:80], _AGAIN)
         for field in ("sequence_length", "vocab_size")
-        if not (type(manifest.get(field)) is int and manifest[field] > 0)
+        if not _is_count(manifest.get(field))
     ]
     if manifest.get("dtype") not in ("<u2", "<u4"):
-        problems.append(Problem("dtype", repr(manifest.get("dtype")), _AGAIN))
+        problems.append(Problem("dtype", repr(manifest.get("dtype"))[:80], _AGAIN))
     domains = manifest.get("domains")
     if not (isinstance(domains, dict) and domains):
         return [*problems, Problem("domains", repr(domains)[:80], _AGAIN)]
@@ -134,10 +177,30 @@ def _manifest_problems(manifest: Any) -> list[Problem]:
             continue
         digests = facts.get("sha256")
         for split in SPLITS:
-            rows = facts.get(f"{split}_sequences")
-            if not (type(rows) is int and rows > 0 and isinstance(digests, dict) and isinstance(digests.get(split), str)):
+            sound = isinstance(digests, dict) and isinstance(digests.get(split), str)
+            if not (sound and _is_count(facts.get(f"{split}_sequences"))):
                 problems.append(Problem(f"domains.{name}", f"no sound {split}_sequences and sha256", _AGAIN))
     return problems
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 < value < 2**48
+
+
+def _contradictions(manifest: Mapping[str, Any]) -> list[Problem]:
+    """Where a manifest is at odds with the settings it was made with, which a fingerprint guards."""
+    settings, found = manifest.get("settings"), manifest.get("fingerprint")
+    if not isinstance(settings, dict) or not isinstance(settings.get("domains"), dict) or fingerprint(settings) != found:
+        return [Problem("fingerprint", f"{found!r:.80}, which is not that of the settings", _AGAIN)]
+    wanted = {field: settings.get(field) for field in ("sequence_length", "vocab_size", "tokenizer")}
+    wanted["dtype"] = dtype_for(manifest["vocab_size"]).str
+    problems = [
+        Problem(field, f"{manifest.get(field)!r:.80} where {value!r:.80} is expected", _AGAIN)
+        for field, value in wanted.items()
+        if manifest.get(field) != value
+    ]
+    strangers = [name for name in manifest["domains"] if name not in settings["domains"]]
+    return problems + [Problem(f"domains.{name}", "a domain that is not in the settings", _AGAIN) for name in strangers]
 
 
 class ShardWriter:
@@ -161,7 +224,8 @@ class ShardWriter:
         self._pending: list[Ids] = []
         self._pending_size = 0
         self._digest = hashlib.sha256()
-        self._file = open(file, "wb")  # noqa: SIM115  (closed by __exit__)
+        file.unlink(missing_ok=True)  # never into a file that is there: it may be linked from a token set in use
+        self._file = open(file, "xb")  # noqa: SIM115  (closed by __exit__)
 
     def __enter__(self) -> ShardWriter:
         return self

@@ -13,10 +13,12 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 import secrets
 import shutil
 import socket
 import time
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +28,13 @@ from shearling.errors import ArtifactError, OutputError, Problem, StorageError
 
 TEMPORARY = ".tmp-"
 ASIDE = ".aside-"
-JSON_LIMIT = 256 * 2**20
-"""Largest JSON file that is read, in bytes."""
+JSON_LIMIT = 3 * 2**20
+"""Largest JSON text that is read, in bytes, unless a caller allows more."""
+JSON_PARTS = 120_000
+"""Most brackets and commas in a JSON text. Both limits together keep what any text of it costs to parse below 50 MB of memory."""
+
+NAME_LIMIT = 300
+"""Longest name read from a file that is followed, in characters; file systems take 255 bytes between two slashes."""
 
 _STORAGE = {
     errno.ENOSPC: "the disk is full; free space there or choose another place",
@@ -48,66 +55,87 @@ def sha256_file(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: str | Path, *, unique_keys: bool = False) -> Any:
-    """Read a JSON file in UTF-8; raise `ArtifactError` where it is missing, too large, or broken.
+def read_json(path: str | Path, *, limit: int | None = None, parts: int | None = None) -> Any:
+    """Read a JSON file in UTF-8; raise `ArtifactError` where it is missing, too large, or broken, or names a key twice.
 
-    `unique_keys` refuses an object that names a key twice, where the last would silently win.
+    `limit`: bytes that the file may have, `JSON_LIMIT` if left out; `parts`: brackets and commas, `JSON_PARTS` if left out.
     """
     path = Path(path)
+    limit = JSON_LIMIT if limit is None else limit
     try:
-        size = path.stat().st_size
-        if size > JSON_LIMIT:
-            remedy = f"A JSON file here has at most {JSON_LIMIT} bytes; get the file again."
-            raise ArtifactError(f"{path}: cannot be read", [Problem(path.name, f"{size} bytes", remedy)])
-        return parse_json(path.read_bytes(), str(path), unique_keys=unique_keys)
-    except OSError as error:
+        with open(path, "rb") as file:
+            data = file.read(limit + 1)
+            size = os.fstat(file.fileno()).st_size
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         missing = isinstance(error, FileNotFoundError | NotADirectoryError)
-        remedy = "Check the path, or get the file again."
-        raise ArtifactError(
-            f"{path}: {'is missing' if missing else 'cannot be read'}", [Problem(path.name, error.strerror or str(error), remedy)]
-        ) from None
+        found = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        problem = Problem(path.name, found, "Check the path, or get the file again.")
+        raise ArtifactError(f"{path}: {'is missing' if missing else 'cannot be read'}", [problem]) from None
+    if len(data) > limit:
+        remedy = f"A JSON file here has at most {limit} bytes; get the file again."
+        raise ArtifactError(f"{path}: cannot be read", [Problem(path.name, f"{max(size, len(data))} bytes", remedy)])
+    return parse_json(data, str(path), parts=parts)
 
 
-def parse_json(data: bytes, where: str, *, unique_keys: bool = False) -> Any:
-    """Parse JSON bytes; raise `ArtifactError` that names `where` for anything that is not sound JSON in UTF-8."""
+def parse_json(data: bytes, where: str, *, parts: int | None = None) -> Any:
+    """Parse JSON bytes; raise `ArtifactError` that names `where` for anything that is not sound JSON in UTF-8.
+
+    Refused beside what is no JSON: a key named twice in an object, where the last would silently win; half a surrogate pair,
+    which no file or message can hold; and more than `parts` (left out: `JSON_PARTS`) brackets and commas.
+    """
+    most = JSON_PARTS if parts is None else parts
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_unique if unique_keys else None)
+        if (found := sum(map(data.count, (b"[", b"{", b",")))) > most:
+            raise ValueError(f"{found} brackets and commas, where at most {most} are read")
+        values = json.loads(data.decode("utf-8"), object_pairs_hook=_unique)
+        if b"\\ud" in data or b"\\uD" in data:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+        return values
     except (ValueError, RecursionError, MemoryError) as error:
-        found = " ".join(str(error).split())[:200] or type(error).__name__
-        raise ArtifactError(f"{where}: not valid JSON", [Problem("JSON", found, "The file is damaged; get it again.")]) from None
+        text = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ArtifactError(f"{where}: not valid JSON", [Problem("JSON", text, "The file is damaged; get it again.")]) from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {twice[:80]!r} appears twice")
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {key[:80]!r} appears twice")
+        values[key] = value
     return values
 
 
 def safe_join(root: str | Path, name: str) -> Path:
     """`root / name`, for a name read from a file; raise `ArtifactError` if it could lead out of `root`.
 
-    Refuses absolute names, `..`, backslashes, and symbolic links that leave `root`. Links into the blob store of a Hugging Face
-    cache are followed, since every file of a downloaded snapshot is one.
+    Refuses absolute names, `..`, backslashes, drive letters, characters that some systems take for one of these, and symbolic
+    links that leave `root`. Links into the blob store of a Hugging Face cache are followed, since every file of a downloaded
+    snapshot is one.
     """
     root = Path(root)
-    parts = name.split("/") if isinstance(name, str) else []
     reason = None
-    if not parts or any(part in ("", ".", "..") for part in parts) or any(c in name for c in "\\\0") or re.match(r"[A-Za-z]:", name):
+    if not isinstance(name, str) or len(name) > NAME_LIMIT or _is_evil(name) or _is_evil(unicodedata.normalize("NFKC", name)):
         reason = "the name of a file inside this directory is needed, without '..' or a leading '/'"
     else:
         try:
+            name.encode()
             target, inside = (root / name).resolve(), root.resolve()
             allowed = [inside] + ([inside.parents[1] / "blobs"] if inside.parent.name == "snapshots" else [])
             if not any(target.is_relative_to(folder) for folder in allowed):
                 reason = f"it is a link that leads out of the directory, to {target}"
-        except (OSError, RuntimeError) as error:
-            reason = f"it cannot be followed ({error})"
+            elif target.is_symlink():
+                reason = "it is a link that leads to itself"
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, half a surrogate pair
+            reason = f"it cannot be followed ({str(error)[:200]})"
     if reason:
-        raise ArtifactError(f"{root}: refuses to open {name!r}", [Problem("file name", repr(name), f"{reason[0].upper()}{reason[1:]}.")])
+        shown = reprlib.repr(name) if not isinstance(name, str) or len(name) > NAME_LIMIT else repr(name)
+        raise ArtifactError(f"{root}: refuses to open {shown}", [Problem("file name", shown, f"{reason[0].upper()}{reason[1:]}.")])
     return root / name
+
+
+def _is_evil(name: str) -> bool:
+    parts = name.split("/")
+    return any(part in ("", ".", "..") for part in parts) or "\\" in name or "\0" in name or re.match("[A-Za-z]:", name) is not None
 
 
 @contextlib.contextmanager
@@ -183,6 +211,12 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
         _fsync(path.parent)
 
 
+def refuse_existing(final: Path) -> None:
+    """Raise `OutputError` where there is anything at `final`, be it a link that leads nowhere."""
+    if os.path.lexists(final):
+        raise OutputError(f"{final}: exists already; choose another output, or ask to overwrite it")
+
+
 def stage_directory(final: str | Path) -> Path:
     """Make an empty `.tmp-` directory beside `final`, to be filled and handed to `publish_directory`; makes missing parents."""
     final = Path(final)
@@ -196,14 +230,14 @@ def stage_directory(final: str | Path) -> Path:
 def publish_directory(staged: Path, final: Path) -> None:
     """Give a finished directory its name: every file to disk, then one rename. Raises `OutputError` where `final` exists."""
     with storage_errors(final):
-        _refuse_existing(final)
+        refuse_existing(final)
         _fsync_tree(staged)
-        _refuse_existing(final)  # the flush may have taken long; a rename would go over an empty directory
+        refuse_existing(final)  # the flush may have taken long; a rename would go over an empty directory
         try:
             os.rename(staged, final)
         except OSError as error:
             if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                _refuse_existing(final)
+                refuse_existing(final)
             raise
         _fsync(final.parent)
 
@@ -319,11 +353,6 @@ def _let_go() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go)
-
-
-def _refuse_existing(final: Path) -> None:
-    if os.path.lexists(final):
-        raise OutputError(f"{final}: exists already; choose another output, or ask to overwrite it")
 
 
 def _fsync_tree(folder: Path) -> None:

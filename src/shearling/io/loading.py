@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import reprlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shearling.errors import ArtifactError, Problem, ShearlingError
-from shearling.io.tensors import shortened
+from shearling.io.files import read_json
+from shearling.io.tensors import TensorReader, shortened
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-NOT_OURS = ("quantization_config", "auto_map", "_name_or_path", "_model_name_or_path")
-"""Config fields that do not hold for the models we write: quantised weights, custom code, and where the source lay."""
+ATTENTION = ("attn_implementation", "_attn_implementation")
+NOT_OURS = ("quantization_config", "auto_map", "_name_or_path", "_model_name_or_path", "transformers_weights", *ATTENTION)
+"""Config fields that do not hold for the models we write: quantised weights, custom code, where the source lay, how it was run."""
+
+_OWN_ATTENTION = (None, "eager", "sdpa", "flex_attention")
+_DISTRIBUTED = re.compile("shard-[0-9]{5}-model-")
 
 HEAD = "lm_head.weight"
 UNTIED = Problem(
@@ -29,10 +36,14 @@ def load_stock(directory: Path, dtype: torch.dtype, where: str, **options: Any) 
     """Load a directory as any user would, with plain transformers; the model is in eval mode on the CPU.
 
     No code of the model's runs, no pickle is read, nothing is downloaded. Raises `ArtifactError` where a weight is missing,
-    unexpected, of another shape, not finite, or not tied as the config says. `options` go to `from_pretrained`.
+    unexpected, of another shape, not finite, or not tied as the config says, and for what `check_directory` refuses. `options`
+    go to `from_pretrained`.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
+
+    if "gguf_file" not in options:
+        check_directory(directory, where)
 
     logging.disable_progress_bar()  # of a second or two, and in the middle of our own
     with artifact_errors(where, "weights", "Get the model again."):
@@ -49,6 +60,36 @@ def load_stock(directory: Path, dtype: torch.dtype, where: str, **options: Any) 
     check_loading(info, model, where)
     check_finite(model, where)
     return model.eval()
+
+
+def check_directory(directory: Path, where: str) -> None:
+    """Raise `ArtifactError` where transformers would read other weights than those of `TensorReader`, or fetch code for them.
+
+    That is, for what stands above model.safetensors in its eyes: a distributed checkpoint's shards, `transformers_weights` of the
+    config, an adapter; and for a config that asks for an attention kernel, which is code from the hub. Headers and the names in an
+    index are checked, too; a directory without safetensors is left to transformers to refuse.
+    """
+    config = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    values = config if isinstance(config, dict) else {}
+    problems = []
+    shards = sorted(path.name for path in directory.iterdir() if _DISTRIBUTED.match(path.name)) if directory.is_dir() else []
+    if shards:
+        remedy = "Transformers would read these in place of model.safetensors; consolidate them, or move them away."
+        problems.append(Problem("files", ", ".join(shards[:3]), remedy))
+    if values.get("transformers_weights") is not None:
+        remedy = "Remove this field, and name the weights model.safetensors."
+        problems.append(Problem("transformers_weights", reprlib.repr(values["transformers_weights"]), remedy))
+    for field in ATTENTION:
+        if values.get(field) not in _OWN_ATTENTION:
+            remedy = "Remove this field: kernels are code, and a model does not choose what code runs."
+            problems.append(Problem(field, reprlib.repr(values[field]), remedy))
+    if (directory / "adapter_config.json").exists():
+        remedy = "An adapter would change the weights while loading; merge it into the model, or move it away."
+        problems.append(Problem("files", "adapter_config.json", remedy))
+    if problems:
+        raise ArtifactError(f"{where}: would not load as it stands", problems)
+    if any((directory / f"model.safetensors{end}").is_file() for end in ("", ".index.json")):
+        TensorReader(directory)
 
 
 def check_loading(info: Mapping[str, Any], model: PreTrainedModel, where: str) -> None:

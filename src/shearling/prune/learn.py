@@ -53,6 +53,10 @@ class GateLearner:
             masks[axis] = gate_values(logits, self.gates.uniform(axis, self._generator) if noise > 0 else None, noise)
         self.attachment.set(masks)
 
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The logits, which get gradients from the backward passes; every process holds all of them."""
+        return list(self.gates.log_alpha.values())
+
     def settle(self, step: int) -> None:
         """Set the gates without noise."""
         with torch.no_grad():

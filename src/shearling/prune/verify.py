@@ -1,13 +1,16 @@
-"""Masked equals cut: the logits of the hardened gated model against those of the cut model."""
+"""Masked equals cut: the logits of the hardened gated model against those of the cut model; and where not, which tensor is to blame."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from shearling.arch.axes import parse_pattern
 from shearling.arch.families import Anatomy
 from shearling.errors import NumericsError
 from shearling.prune.attach import Attachment
@@ -24,18 +27,37 @@ class Difference:
     relative_difference: float
 
 
-@torch.inference_mode()
+@dataclass(frozen=True)
+class TensorDifference:
+    """How far a tensor of the cut model is from what the masks leave of the source's."""
+
+    name: str
+    max_abs_difference: float
+    """Infinite where the tensor is missing, of another shape, or not a number somewhere."""
+    found: str
+    """What was found, in words."""
+
+
+class Weights(Protocol):
+    """Anything that gives a source tensor by name: a reader of files, or of a model in memory."""
+
+    def get(self, name: str) -> Tensor:
+        """The tensor of that name."""
+        ...
+
+
+@torch.no_grad()
 def masked_logits(model: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor], ids_BT: Tensor) -> Tensor:
     """Logits [B, T, V] of the source model with these gates, in its own dtype."""
     with Attachment(model, anatomy) as gates:
         gates.set(masks)
-        return _logits(model, ids_BT)
+        return logits_of(model, ids_BT)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare_logits(cut: nn.Module, expected_BTV: Tensor, ids_BT: Tensor) -> Difference:
     """Compare a cut model with logits computed before."""
-    return difference_of(expected_BTV, _logits(cut, ids_BT))
+    return difference_of(expected_BTV, logits_of(cut, ids_BT))
 
 
 def difference_of(expected: Tensor, found: Tensor) -> Difference:
@@ -46,16 +68,89 @@ def difference_of(expected: Tensor, found: Tensor) -> Difference:
     return Difference(largest, largest / (spread or 1.0))
 
 
-def require_equal(difference: Difference, tolerance: float = TOLERANCE, what: str = "the gated model and the cut model") -> None:
-    """Raise `NumericsError` where the difference is more than the tolerance."""
+def require_equal(
+    difference: Difference,
+    tolerance: float = TOLERANCE,
+    what: str = "the gated model and the cut model",
+    detail: str | Callable[[], str] = "",
+) -> None:
+    """Raise `NumericsError` where the difference is more than the tolerance.
+
+    `detail`: a sentence for the message, or a function that gives one and is called only where there is something to say.
+    """
     if not difference.relative_difference <= tolerance:
+        more = detail if isinstance(detail, str) else detail()
         raise NumericsError(
             f"{what} do not compute the same: logits differ by {difference.max_abs_logit_difference:.3g}, "
             f"{difference.relative_difference:.3g} of their range, where {tolerance:g} is allowed; nothing was published. "
-            "This is a bug, unless weights or plan were changed in between"
+            f"{more}{' ' if more else ''}This is a bug, unless weights or plan were changed in between"
         )
 
 
-def _logits(model: nn.Module, ids_BT: Tensor) -> Tensor:
+def blame(masks: Mapping[str, Tensor], source: Anatomy, target: Anatomy, weights: Weights, cut: Mapping[str, Tensor]) -> str:
+    """One sentence on what `worst_tensor` finds, for `require_equal`."""
+    worst = worst_tensor(masks, source, target, weights, cut)
+    if worst is None:
+        return "Every tensor of the cut model is what the masks leave of the source's, so it is the gates that compute otherwise."
+    return f"The tensor that is furthest from what the masks leave of the source's is {worst.name}: {worst.found}."
+
+
+@torch.no_grad()
+def worst_tensor(
+    masks: Mapping[str, Tensor], source: Anatomy, target: Anatomy, weights: Weights, cut: Mapping[str, Tensor]
+) -> TensorDifference | None:
+    """The tensor of a cut model that differs most from what hardened `masks` leave of the source's; None where none differs.
+
+    Every tensor is cut here a second way, by boolean masks over its dimensions and without a plan or an index, so that a mistake
+    in plan or transform shows. One source tensor is in memory at a time, beside its cut.
+
+    Args:
+        masks: {axis: 0/1 tensor of the gates' shape}, as `Attachment.set` takes them; an axis left out is open everywhere.
+        weights: the source's tensors by their full names.
+        cut: the cut model's tensors by their full names, of any dtype and device; names that `target` has not are let be.
+    """
+    prefix = f"{source.family.anchors.layers}."
+    layers = masks["layer"].flatten().gt(0).nonzero().flatten().tolist() if "layer" in masks else list(range(source.sizes["layer"]))
+    worst: TensorDifference | None = None
+    for name, pattern in target.tensors().items():
+        number, _, rest = name.removeprefix(prefix).partition(".") if name.startswith(prefix) else ("", "", name)
+        if number and int(number) >= len(layers):
+            return TensorDifference(name, inf, f"the masks leave only {len(layers)} layers")
+        layer = layers[int(number)] if number else None
+        expected = weights.get(f"{prefix}{layer}.{rest}" if number else name).detach()
+        for dim, axes in enumerate(parse_pattern(pattern)):
+            open_ = _open_positions(axes, source.sizes, masks, layer).to(expected.device)
+            expected = expected[(slice(None),) * dim + (open_,)]
+        difference = _tensor_difference(name, expected, cut.get(name))
+        if difference and (worst is None or difference.max_abs_difference > worst.max_abs_difference):
+            worst = difference
+    return worst
+
+
+def _open_positions(axes: tuple[str, ...], sizes: Mapping[str, int], masks: Mapping[str, Tensor], layer: int | None) -> Tensor:
+    """Which positions of a dimension are open, as booleans: those at which the mask of none of its axes is closed."""
+    open_ = torch.ones([sizes[axis] for axis in axes], dtype=torch.bool)
+    for spanned in (("hidden",), ("group",), ("group", "query"), ("neuron",)):
+        axis = spanned[-1]
+        if axis in masks and axis in axes:
+            mask = masks[axis] if layer is None or axis == "hidden" else masks[axis][layer]
+            open_ &= mask.gt(0).cpu().reshape([sizes[a] if a in spanned else 1 for a in axes])
+    return open_.flatten()
+
+
+def _tensor_difference(name: str, expected: Tensor, found: Tensor | None) -> TensorDifference | None:
+    if found is None:
+        return TensorDifference(name, inf, "it is missing")
+    if found.shape != expected.shape:
+        return TensorDifference(name, inf, f"it has shape {tuple(found.shape)} where {tuple(expected.shape)} is due")
+    apart = (found.to(expected.device).double() - expected.to(found.dtype).double()).abs().nan_to_num(nan=inf)
+    largest = float(apart.max()) if apart.numel() else 0.0
+    share = float(apart.gt(0).double().mean()) if largest else 0.0
+    return TensorDifference(name, largest, f"{share:.3%} of its values differ, by up to {largest:.3g}") if largest else None
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, ids_BT: Tensor) -> Tensor:
+    """Logits [B, T, V] of a model as it stands, in its own dtype."""
     logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits
     return logits

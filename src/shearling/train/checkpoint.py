@@ -3,16 +3,21 @@
     FOLDER/step-00000050/
       manifest.json            line 1: SHA-256 of the rest; the rest: format, step, {file: size and SHA-256}
       state.json
-      tensors.safetensors      or shards of at most 2 GB with an index
+      rank-00000.safetensors   what process 0 holds: its rows of sharded tensors, and all that is not sharded
+      rank-00001.safetensors   ... of process 1
 
-A directory is staged as `.tmp-*`, flushed and renamed, so one that has its name is whole, unless the disk damaged it later; the
-manifest tells. Steps are found by their directories' names alone: there is no pointer that could go stale.
+Rows lie in order of the processes, as FSDP2 deals them, so any number of processes reads what any other number wrote. A directory
+is staged as `.tmp-*`, flushed and renamed, so one that has its name is whole, unless the disk damaged it later; the manifest tells.
+Steps are found by their directories' names alone: there is no pointer that could go stale.
+
+Format 1 held every tensor whole, in `tensors*.safetensors`; it is read still.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import warnings
 from collections.abc import Mapping
@@ -21,94 +26,114 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shearling.errors import ArtifactError, Problem
-from shearling.io.files import (
-    parse_json,
-    read_json,
-    remove_tree,
-    replace_directory,
-    safe_join,
-    sha256_file,
-    stage_directory,
-    sweep_temporary,
-    write_atomic,
-)
-from shearling.io.tensors import ShardWriter, TensorReader, shortened
+from shearling.io.files import parse_json, read_json, remove_tree, replace_directory, safe_join, sha256_file, write_atomic
+from shearling.io.tensors import TensorReader, write_tensors
+from shearling.world import World
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
-FORMAT = 1
-SHARD_BYTES = 2 * 10**9
+FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})")
 _REMEDY = "Delete this checkpoint, or go on from another."
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint that was read and found whole."""
-
-    step: int
-    """Steps that were done when it was saved."""
-    tensors: dict[str, Tensor]
-    """On the CPU, mapped from the files; writing to one does not reach the file."""
-    state: dict[str, Any]
-    """Plain JSON values."""
-    path: Path
 
 
 class _NewerFormatError(ArtifactError):
     """Written by a newer version: no reason to fall back to an older checkpoint unasked."""
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int = 2) -> Path:
-    """Save a checkpoint of `step` and delete those before the newest `keep` (at least 2) up to this step.
+@dataclass(frozen=True)
+class Piece:
+    """Rows of a tensor in one file."""
 
-    Call it from one process, under the run's lock. `tensors` keep their dtype and are not copied; tensors that share memory
-    are written twice. A checkpoint of this step that exists is replaced. `state`: JSON values, keys being text.
-    Raises `StorageError` where the disk is full; the earlier checkpoints are then as they were.
+    reader: TensorReader
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was found whole. Tensors are mapped from its files when asked for; writing to one does not reach a file."""
+
+    step: int
+    """Steps that were done when it was saved."""
+    state: dict[str, Any]
+    """Plain JSON values."""
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    """Name -> whole shape of every tensor."""
+    pieces: dict[str, list[Piece]]
+    """Name -> where its rows lie, in order."""
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows `start` to `end` of a tensor, on the CPU."""
+        import torch
+
+        found = []
+        for piece in self.pieces[name]:
+            first, last = max(start, piece.start), min(end, piece.start + piece.rows)
+            if first < last:
+                found.append(piece.reader.get(name)[first - piece.start : last - piece.start])
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def whole(self, name: str) -> Tensor:
+        """A whole tensor, on the CPU."""
+        return self.rows(name, 0, self.shapes[name][0]) if self.shapes[name] else self.pieces[name][0].reader.get(name)
+
+
+def directory_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def write_part(staged: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write and flush the file of one process, its rows by name. Returns {"name", "bytes", "sha256"}."""
+    path = staged / f"{_part(rank)}.safetensors"
+    digest, size = write_tensors(path, tensors)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return {"name": path.name, "bytes": size, "sha256": digest}
+
+
+def publish(staged: Path, step: int, parts: list[dict[str, Any]], state: Mapping[str, Any], keep: int) -> Path:
+    """Give a staged directory with every process' part its state, its manifest and its name; delete all but the newest `keep`.
+
+    From process 0, under the run's lock. A checkpoint of this step that exists is replaced. `state`: JSON values, keys being text.
     """
-    sweep_temporary(folder)
-    final = folder / f"step-{step:08d}"
-    staged = stage_directory(final)
-    try:
-        text = json.dumps(dict(state), sort_keys=True)
-        write_atomic(staged / "state.json", text)
-        with ShardWriter(staged, SHARD_BYTES, stem="tensors") as writer:
-            for name, tensor in tensors.items():
-                writer.add(name, tensor)
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_file(path)} for path in sorted(staged.iterdir())}
-        body = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1, sort_keys=True)
-        write_atomic(staged / "manifest.json", hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
-        replace_directory(staged, final)
-    except BaseException:
-        if staged.exists():
-            remove_tree(staged)
-        raise
-    _delete_old(folder, step, max(keep, 2))
+    text = json.dumps(dict(state), sort_keys=True).encode()
+    write_atomic(staged / "state.json", text)
+    files = {part["name"]: {"bytes": part["bytes"], "sha256": part["sha256"]} for part in parts}
+    files["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    body = json.dumps({"format": FORMAT, "step": step, "files": files}, indent=1, sort_keys=True)
+    write_atomic(staged / "manifest.json", hashlib.sha256(body.encode()).hexdigest() + "\n" + body)
+    final = directory_of(staged.parent, step)
+    replace_directory(staged, final)
+    delete_old(staged.parent, step, max(keep, 2))
     return final
 
 
-def load(folder: Path, step: int | None = None) -> Checkpoint | None:
-    """The newest whole checkpoint, or that of `step`; None where there is none at all.
+def load(folder: Path, step: int | None = None, world: World | None = None) -> Checkpoint | None:
+    """The newest whole checkpoint, or that of `step`; None where there is none at all. All processes find the same one.
 
     A damaged newest one is passed over with a warning that names the file. Raises `ArtifactError` where `step` is named and
     missing or damaged, where no checkpoint is whole, and where one was written by a newer version.
     """
-    found = steps(folder)
+    world = world or World()
+    found = world.rank0_decides(lambda: list(steps(folder)))
     if step is not None:
         if step not in found:
             remedy = f"There are {', '.join(map(str, found)) or 'none'}."
             raise ArtifactError(f"{folder}: no checkpoint of step {step}", [Problem("step", str(step), remedy)])
-        return _read(found[step], step)
+        return world.everywhere(lambda: _read(directory_of(folder, step), step, world))
     problems: list[Problem] = []
     for candidate in sorted(found, reverse=True):
         try:
-            return _read(found[candidate], candidate)
-        except _NewerFormatError:
-            raise
+            return world.everywhere(lambda: _read(directory_of(folder, candidate), candidate, world))  # noqa: B023 (called at once)
         except ArtifactError as error:
-            warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
+            if _says_newer(error):
+                raise
+            if world.first:
+                warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
             problems += error.problems
     if problems:
         raise ArtifactError(f"{folder}: no checkpoint is whole; to start afresh, delete them", problems)
@@ -123,27 +148,63 @@ def steps(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for match, path in matches if match and match[0] == f"step-{int(match[1]):08d}"))
 
 
-def _read(path: Path, step: int) -> Checkpoint:
-    files = _files(path, step)
-    for name, entry in files.items():
+def _says_newer(error: ArtifactError) -> bool:
+    """An error that came from another process has lost its class."""
+    return isinstance(error, _NewerFormatError) or error.headline.endswith(_NEWER)
+
+
+_NEWER = "a checkpoint of a newer version"
+
+
+def _read(path: Path, step: int, world: World) -> Checkpoint:
+    """Open a checkpoint. The hashes of its files are shared out over the processes."""
+    version, files = _files(path, step)
+    for number, (name, entry) in enumerate(files.items()):
         file = safe_join(path, name)
         try:
             size = file.stat().st_size
             found = f"{size} bytes where {entry['bytes']} are due"
             if size == entry["bytes"]:
-                digest = sha256_file(file)
+                digest = sha256_file(file) if number % world.size == world.rank else entry["sha256"]
                 found = "" if digest == entry["sha256"] else f"SHA-256 {digest} where {entry['sha256']} is due"
         except OSError as error:
             found = error.strerror or str(error)
         if found:
             raise ArtifactError(f"{path}: damaged checkpoint", [Problem(str(file), found, _REMEDY)])
     state = read_json(path / "state.json")
-    reader = TensorReader(path, stem="tensors")
-    return Checkpoint(step, {name: reader.get(name) for name in reader.names()}, state, path)
+    readers = [TensorReader(path, "tensors")] if version == 1 else [TensorReader(path, _part(rank)) for rank in range(_parts(files))]
+    shapes, pieces = _table(path, readers)
+    return Checkpoint(step, state, path, shapes, pieces)
 
 
-def _files(path: Path, step: int) -> dict[str, dict[str, Any]]:
-    """The manifest's table of files; every way in which it can be broken is an `ArtifactError`."""
+def _part(rank: int) -> str:
+    return f"rank-{rank:05d}"
+
+
+def _parts(files: Mapping[str, Any]) -> int:
+    return sum(name.startswith("rank-") for name in files)
+
+
+def _table(path: Path, readers: list[TensorReader]) -> tuple[dict[str, tuple[int, ...]], dict[str, list[Piece]]]:
+    """Whole shape of every tensor, and where its rows lie; `ArtifactError` where the files' shapes do not go together."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    pieces: dict[str, list[Piece]] = {}
+    for reader in readers:
+        for name, shape in reader.shapes().items():
+            before = shapes.get(name)
+            if before is None:
+                shapes[name], pieces[name] = shape, [Piece(reader, 0, shape[0] if shape else 1)]
+            elif not shape or before[1:] != shape[1:]:
+                found = f"rows of shape {shape} after rows of shape {before}"
+                raise ArtifactError(f"{path}: damaged checkpoint", [Problem(name, found, _REMEDY)])
+            else:
+                pieces[name].append(Piece(reader, before[0], shape[0]))
+                shapes[name] = (before[0] + shape[0], *shape[1:])
+    return shapes, pieces
+
+
+def _files(path: Path, step: int) -> tuple[int, dict[str, dict[str, Any]]]:
+    """The manifest's format and table of files; every way in which it can be broken is an `ArtifactError`."""
     manifest = path / "manifest.json"
     try:
         head, _, body = manifest.read_bytes().partition(b"\n")
@@ -156,16 +217,16 @@ def _files(path: Path, step: int) -> dict[str, dict[str, Any]]:
     version = values.get("format") if isinstance(values, dict) else None
     if isinstance(version, int) and version > FORMAT:
         found, remedy = f"format {version}; this version reads up to {FORMAT}", "Use the version of Shearling that wrote it."
-        raise _NewerFormatError(f"{path}: a checkpoint of a newer version", [Problem(str(manifest), found, remedy)])
-    files = values.get("files") if version == FORMAT and values.get("step") == step else None
+        raise _NewerFormatError(f"{path}: {_NEWER}", [Problem(str(manifest), found, remedy)])
+    files = values.get("files") if version in (1, FORMAT) and values.get("step") == step else None
     sound = isinstance(files, dict) and all(isinstance(e, dict) and e.keys() == {"bytes", "sha256"} for e in files.values())
-    if not isinstance(files, dict) or not sound or "state.json" not in files:
+    if not isinstance(version, int) or not isinstance(files, dict) or not sound or "state.json" not in files:
         found = f"format {version!r} and no table of files of step {step}"
         raise ArtifactError(f"{path}: damaged checkpoint", [Problem(str(manifest), found, _REMEDY)])
-    return files
+    return version, files
 
 
-def _delete_old(folder: Path, step: int, keep: int) -> None:
+def delete_old(folder: Path, step: int, keep: int) -> None:
     """Delete what is older than the newest `keep` complete checkpoints up to `step`; a failure is a warning, not the run's end."""
     older = [(number, path) for number, path in steps(folder).items() if number <= step]
     complete = [number for number, path in older if _complete(path, number)]
@@ -183,72 +244,6 @@ def _delete_old(folder: Path, step: int, keep: int) -> None:
 def _complete(path: Path, step: int) -> bool:
     """Whether a checkpoint is whole by its manifest and its files' sizes; reads no tensors."""
     try:
-        return all((path / name).stat().st_size == entry["bytes"] for name, entry in _files(path, step).items())
+        return all((path / name).stat().st_size == entry["bytes"] for name, entry in _files(path, step)[1].items())
     except (ArtifactError, OSError):
         return False
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state by parameter name, so that it outlives any reordering of parameters and groups.
-
-    `names`: `id(parameter)` -> name, for every parameter of the optimizer. Returns tensors named `KEY/PARAMETER`
-    (`exp_avg/model.norm.weight`), each of its parameter's shape and not copied, and scalars `{KEY: {PARAMETER: number}}` (the
-    step counts). Hyperparameters are not part of it: they come from the recipe and its schedules.
-    A sharded moment (DTensor) is gathered, so every rank must call this.
-    """
-    from torch import Tensor
-
-    tensors: dict[str, Tensor] = {}
-    scalars: dict[str, Any] = {}
-    for parameter, state in optimizer.state.items():
-        name = names[id(parameter)]
-        for key, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step":
-                tensors[f"{key}/{name}"] = value.full_tensor() if hasattr(value, "full_tensor") else value
-            else:
-                scalars.setdefault(key, {})[name] = value.item() if isinstance(value, Tensor) else value
-    return tensors, scalars
-
-
-def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, names: Mapping[int, str], tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
-) -> None:
-    """Put what `pack_optimizer` returned back; the state of a parameter that is not in it is empty, as before its first step.
-
-    Copies the tensors to their parameters' device and dtype, and shards those of sharded parameters (every rank must call this).
-    Raises `ArtifactError` for state of parameters that this optimizer does not have, and for shapes that differ.
-    """
-    import torch
-
-    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    index = {names[id(parameter)]: i for i, parameter in enumerate(ordered)}
-    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32  # as torch makes step counts itself
-    state: dict[int, dict[str, Any]] = {}
-    problems = []
-    entries: list[tuple[str, str, Tensor]] = []
-    for path, value in tensors.items():
-        key, _, name = path.partition("/")
-        entries.append((key, name, value))
-    entries += [(key, name, torch.tensor(value, dtype=dtype)) for key, values in scalars.items() for name, value in values.items()]
-    for key, name, value in entries:
-        if name not in index:
-            problems.append(Problem(f"{key}/{name}", "state of an unknown parameter", "The checkpoint is of another model or stage."))
-            continue
-        parameter = ordered[index[name]]
-        if value.shape != parameter.shape and key not in scalars:
-            found = f"shape {tuple(value.shape)}"
-            problems.append(Problem(f"{key}/{name}", found, f"The parameter has {tuple(parameter.shape)}; it is of another shape."))
-            continue
-        state.setdefault(index[name], {})[key] = value if key in scalars else _like(value, parameter)
-    if problems:
-        raise ArtifactError("this optimizer state does not fit the model", shortened(problems))
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A copy of a whole tensor, placed as its parameter is."""
-    from torch.distributed.tensor import DTensor, distribute_tensor
-
-    if isinstance(parameter, DTensor):
-        return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
-    return value.to(parameter.device, copy=True)

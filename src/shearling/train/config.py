@@ -36,6 +36,12 @@ class FitConfig(Config):
     """Decay of Adam's two moments."""
     evaluate_every: Count
     """Steps between held-out evaluations, each followed by an update of the mixture; there is one after the last step, too."""
+    skip_spikes: Annotated[float, Field(gt=0)] | None = None
+    """Skip a step whose loss stands this many standard deviations above the mean of the last steps; left out, none is skipped."""
+    spike_window: Annotated[int, Field(ge=8)] = 128
+    """How many of the last steps that were not skipped a loss is compared with."""
+    max_bad_steps: Count = 3
+    """Steps in a row that were skipped (for a spike, or a loss or gradient that is not finite) after which the run ends."""
 
     @model_validator(mode="after")
     def _microbatches_divide(self) -> FitConfig:
@@ -71,8 +77,15 @@ class RuntimeConfig(Config):
     activation_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, a third more time."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile each block with torch.compile."""
+    reshard_after_forward: bool | None = None
+    """On several processes: free a block's gathered weights after its forward pass, and gather them again for the backward pass: less
+    memory, more communication. false: keep them for the length of a step. Left out: true on GPUs."""
+    timeout: Positive = 600.0
+    """Seconds after which a process that does not answer the others ends the run."""
     save_every: Count | None = 1000
     """Steps between checkpoints; left out, only when stopped by a signal."""
+    async_save: bool = True
+    """Write periodic checkpoints from a copy in the machine's memory while training goes on."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """How many checkpoints stay."""

@@ -9,20 +9,26 @@ everything else is there when it was measured:
     learning_rate {"weights", "gates"}
     gradient_norm, tokens (so far in the stage), tokens_per_second, seconds
 
+A step that was skipped has `skipped` (why) and `samples` ({domain: numbers of its training sequences}).
+
+TensorBoard's files are for looking at: where they cannot be written, the run goes on without. The log itself it cannot do without.
+
 An interrupted run writes some steps that its checkpoint does not hold. Opening the log to go on cuts them off, so that the
 log of a resumed run has each step once, like that of a run that was never interrupted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shearling.errors import ArtifactError, Problem
+from shearling.errors import ArtifactError, Problem, StorageError
 from shearling.io.files import check_writable, storage_errors, write_atomic
 
 STAGES = ("prune", "train")
@@ -37,55 +43,118 @@ class RunLog:
     `after_step` is the last step of the stage that is saved: later lines of it, and all of later stages, are cut off. 0 means
     that the stage begins anew, so its step 0 goes too. `offset` is the number of steps of the stages before, and is added to
     the step for TensorBoard only. Raises `StorageError` where the log cannot be written, `ArtifactError` where it is damaged.
+    `warn` is told where TensorBoard's files cannot be.
     """
 
-    def __init__(self, run_dir: str | Path, stage: str, *, after_step: int = 0, offset: int = 0) -> None:
+    def __init__(
+        self,
+        run_dir: str | Path,
+        stage: str,
+        *,
+        after_step: int = 0,
+        offset: int = 0,
+        warn: Callable[[str], None] = lambda text: warnings.warn(text, stacklevel=3),
+    ) -> None:
         if stage not in STAGES:
             raise ValueError(f"stage {stage!r} is not logged; the stages are {STAGES}")
-        # Imported here since it takes a second, and readers of a log have no need of it.
-        from torch.utils.tensorboard import SummaryWriter
-
         self.stage, self.path, self.offset = stage, Path(run_dir) / METRICS_FILE, offset
         self._last = after_step if after_step > 0 else -1
+        self._warn = warn
+        self._failure: StorageError | None = None
         check_writable(self.path)
         with storage_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             _cut(self.path, stage, self._last)
             self._file = self.path.open("a", encoding="utf-8")
-            # TensorBoard forgets what earlier event files hold from purge_step on. Step 0 of a second stage shares its global
-            # step with the last of the first, which must stay.
-            first = offset + after_step
-            self._events = SummaryWriter(str(self.path.parent / EVENTS_FOLDER), purge_step=first + 1 if first else 0, flush_secs=30)
+        self._events: Any = None
+        self._without_events = False
+        self._optionally(lambda: self._open_events(offset + after_step))
+
+    @property
+    def failed(self) -> bool:
+        """Whether a line could not be written; `check` then raises why. Until it is called, nothing more is written."""
+        return self._failure is not None
+
+    def check(self) -> None:
+        """Raise the `StorageError` of a line that could not be written. Apart from `step`, so that all processes can raise it together."""
+        if self._failure is not None:
+            raise self._failure
 
     def step(self, metrics: Mapping[str, Any]) -> None:
         """Append one step: `metrics` as in the module's docstring, `stage` filled in; numbers may be scalar tensors.
 
         A number that is not finite is written as null, as JSON has no other. Raises `ValueError` where the step is not later
-        than the last, `StorageError` where the line cannot be written.
+        than the last; where the line cannot be written, `check` raises.
         """
+        if self.failed:
+            return
         step = int(metrics["step"])
         if step <= self._last or metrics.get("stage", self.stage) != self.stage:
             found = f"step {step} of stage {metrics.get('stage', self.stage)!r}"
             raise ValueError(f"the log of stage {self.stage!r} is at step {self._last}; it cannot take {found}")
         line = _plain({**metrics, "stage": self.stage, "step": step})
-        with storage_errors(self.path):
-            self._file.write(json.dumps({"stage": self.stage, "step": step, **line}, ensure_ascii=False, allow_nan=False) + "\n")
-            self._file.flush()
-            for tag, value in _scalars(line):
-                self._events.add_scalar(tag, value, self.offset + step)
+        try:
+            with storage_errors(self.path):
+                self._file.write(json.dumps({"stage": self.stage, "step": step, **line}, ensure_ascii=False, allow_nan=False) + "\n")
+                self._file.flush()
+        except StorageError as error:
+            self._failure = error
+            return
         self._last = step
+        self._optionally(lambda: self._add_events(line))
 
     def close(self) -> None:
         """Flush and close both; a second call does nothing more."""
-        with storage_errors(self.path):
+        self._optionally(lambda: self._events.close())
+        with contextlib.suppress(OSError) if self.failed else storage_errors(self.path):
             self._file.close()
-            self._events.close()
+
+    def _optionally(self, work: Callable[[], Any]) -> None:
+        """Do something with TensorBoard's files; whatever goes wrong is told, and is the last that is done with them."""
+        if self._without_events:
+            return
+        try:
+            work()
+        except Exception as error:
+            self._without_events = True
+            found = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self._warn(f"TensorBoard's files cannot be written ({found}); the run goes on without them, metrics.jsonl has it all")
+
+    def _open_events(self, first: int) -> None:
+        # Imported here since it takes a second, and readers of a log have no need of it.
+        from torch.utils.tensorboard import SummaryWriter
+
+        # TensorBoard forgets what earlier event files hold from purge_step on. Step 0 of a second stage shares its global
+        # step with the last of the first, which must stay.
+        self._events = SummaryWriter(str(self.path.parent / EVENTS_FOLDER), purge_step=first + 1 if first else 0, flush_secs=30)
+
+    def _add_events(self, line: Mapping[str, Any]) -> None:
+        for tag, value in _scalars(line):
+            self._events.add_scalar(tag, value, self.offset + line["step"])
 
     def __enter__(self) -> RunLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
+
+
+class NoLog:
+    """The log of a process that keeps none."""
+
+    failed = False
+
+    def check(self) -> None:
+        """Nothing has failed."""
+
+    def step(self, metrics: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -12,16 +12,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shearling.data.loader import Loader
-from shearling.errors import Stopped
+from shearling.data.loader import Batch, Loader
+from shearling.errors import NumericsError, Stopped
 from shearling.objectives.lm import Objective
 from shearling.schedules import cosine_with_warmup
 from shearling.train import checkpoint
 from shearling.train.config import FitConfig, RuntimeConfig
-from shearling.train.log import RunLog
+from shearling.train.guard import objection, remember
+from shearling.train.log import NoLog, RunLog
 from shearling.train.optim import build_optimizer
-from shearling.train.step import GateTraining, StepResult, train_step
-from shearling.train.stop import StopOnSignal
+from shearling.train.parallel import forget_gathered, frees_after_forward
+from shearling.train.saver import Saver
+from shearling.train.state import pack, unpack
+from shearling.train.step import GateTraining, StepResult, own_rows, train_step
+from shearling.train.stop import signal_name
+from shearling.world import World
 
 Losses = dict[str, float]
 
@@ -60,6 +65,12 @@ class Progress:
     """Seconds spent in steps and evaluations, over all tries."""
     heldout: Losses = field(default_factory=dict)
     """The newest held-out losses."""
+    recent: list[float] = field(default_factory=list)
+    """Losses of the last steps that were not skipped, by which spikes are known."""
+    bad_steps: int = 0
+    """Steps skipped in a row until now."""
+    unlogged: dict[str, Any] | None = None
+    """What the log will say of the step that is done, while its held-out evaluation is not."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -84,14 +95,17 @@ class Surroundings:
     loader: Loader
     objective: Objective
     evaluate: Callable[[nn.Module], Losses]
-    """Held-out losses of the model as it stands, with their `mean`."""
+    """Held-out losses of the model as it stands, with their `mean`. Raises `Stopped` where a signal asks for it on the way."""
     reweigh: Callable[[np.ndarray, Losses], np.ndarray]
     """(shares [D], held-out losses) -> shares from now on."""
     reference: Mapping[str, float]
     """Reference losses, for the log."""
-    stop: StopOnSignal
+    world: World
+    """The processes that train together, and the signal that asks them to stop."""
     show: Callable[[int, int, Mapping[str, Any]], None] = lambda step, steps, line: None
     """Called after every step with what was logged."""
+    note: Callable[[str], None] = lambda text: None
+    """Called with what the user should read."""
     step_offset: int = 0
     """Steps of the stages before, so that no stage repeats another's draws."""
     reweigh_first: bool = False
@@ -103,51 +117,66 @@ class Surroundings:
         return self.run_dir / "checkpoints" / self.stage
 
 
+_SAVE_FAILED, _LOG_FAILED = 1000, 2000
+"""What one process may have met since the last step; they stand beside the numbers of signals, which are smaller."""
+
+
 def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progress, gates: LearnedGates | None = None) -> Progress:
     """Train `model` in place for `config.steps` steps, from the newest checkpoint if there is one, and return where it stands.
 
-    `start.heldout` are the model's held-out losses before the first step, measured by the stage before.
-    Raises `Stopped` after saving where a signal asked for it, `NumericsError` where a loss is not finite.
+    `start.heldout` are the model's held-out losses before the first step, measured by the stage before. On several processes each
+    calls it with its part of the model; what is decided is the same on all.
+    Raises `Stopped` after saving where a signal asked for it, `NumericsError` where too many steps in a row were bad.
     """
+    forget_gathered(model)  # of forward passes before, which would stand in the place of the parameters
     optimizer = build_optimizer(model, config)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    restored = _restore(model, optimizer, names, around, gates)
+    restored = _restore(model, optimizer, around, gates)
     progress = restored or start
+    world, runtime = around.world, around.runtime
+    found_at, logged = progress.step, progress.step - (progress.unlogged is not None)
 
-    def save() -> None:
-        moments, scalars = checkpoint.pack_optimizer(optimizer, names)
-        tensors = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
-        tensors |= {f"optimizer/{name}": moment for name, moment in moments.items()}
-        tensors |= {f"gates/{name}": tensor for name, tensor in (gates.tensors() if gates else {}).items()}
-        state = {"progress": progress.to_json(), "optimizer": scalars}
-        checkpoint.save(around.checkpoints, progress.step, tensors, state, around.runtime.keep_checkpoints)
+    with (
+        Saver(around.checkpoints, runtime.keep_checkpoints, world, around.note) as saver,
+        world.everywhere(lambda: _log(around, logged)) as log,
+    ):
 
-    with RunLog(around.run_dir, around.stage, after_step=progress.step, offset=around.step_offset) as log:
-        if progress.step == 0:
+        def save(background: bool = False) -> None:
+            tensors, scalars = pack(model, optimizer, gates)
+            saver.save(progress.step, tensors, {"progress": progress.to_json(), "optimizer": scalars}, background=background)
+
+        if logged == 0:
             if around.reweigh_first and restored is None:
                 progress.weights = around.reweigh(progress.weights, progress.heldout)
             log.step({"step": 0, "heldout": progress.heldout, "weights": _named(around, progress.weights), "reference": around.reference})
-        while progress.step < config.steps:
-            if around.stop.requested:
+        while progress.step < config.steps or progress.unlogged is not None:
+            asked = world.largest(max(_LOG_FAILED * log.failed, _SAVE_FAILED * saver.failed, world.signal()))
+            if asked >= _LOG_FAILED:
+                world.rank0_decides(log.check)
+            elif asked >= _SAVE_FAILED:
+                saver.settle()
+            elif asked:
                 save()
                 raise Stopped(
-                    f"stopped by {around.stop.requested} after step {progress.step} of {config.steps} of {around.stage}; "
+                    f"stopped by {signal_name(asked)} after step {progress.step} of {config.steps} of {around.stage}; "
                     "everything is saved. Run the same command to go on."
                 )
-            began = time.perf_counter()
-            weights = _named(around, progress.weights)
-            result, rate = _step(model, optimizer, config, around, progress, gates)
-            progress.seconds += (spent := time.perf_counter() - began)
-            line = _line(result, rate, spent, around, progress, gates) | {"weights": weights}
+            if progress.unlogged is None:
+                progress.unlogged = _step(model, optimizer, config, around, progress, gates)
+            line = dict(progress.unlogged)
             if progress.step % config.evaluate_every == 0 or progress.step == config.steps:
-                _evaluate(model, around, progress, gates)
+                try:
+                    _evaluate(model, around, progress, gates)
+                except Stopped:
+                    continue  # the evaluation is done anew by the next run
                 line |= {"heldout": progress.heldout, "reference": around.reference}
+            progress.unlogged = None
             log.step(line)
             around.show(progress.step, config.steps, line)
-            every = around.runtime.save_every
-            if every and progress.step % every == 0 and progress.step < config.steps:
-                save()
-        if around.runtime.save_every and config.steps:
+            _refuse_bad_steps(progress, config, around, line)
+            if runtime.save_every and progress.step % runtime.save_every == 0 and progress.step < config.steps:
+                save(background=runtime.async_save)
+        world.rank0_decides(log.check)
+        if runtime.save_every and found_at < config.steps:
             save()
     return progress
 
@@ -159,25 +188,42 @@ def _step(
     around: Surroundings,
     progress: Progress,
     gates: LearnedGates | None,
-) -> tuple[StepResult, float]:
-    step = progress.step + 1
-    batch = around.loader.batch(around.step_offset + step, progress.weights, progress.cursors)
+) -> dict[str, Any]:
+    """Take the next step; returns what is logged of it."""
+    began = time.perf_counter()
+    step, weights = progress.step + 1, _named(around, progress.weights)
+    rows = own_rows(config.batch_size, config.microbatches, around.world)
+    batch = around.loader.batch(around.step_offset + step, progress.weights, progress.cursors, rows)
     factor = cosine_with_warmup(step, config.steps, round(config.warmup * config.steps), config.final_learning_rate)
-    result = train_step(
-        model,
-        torch.from_numpy(batch.ids).to(around.device),
-        batch.domains,
-        around.objective,
-        optimizer,
-        step=step,
-        microbatches=config.microbatches,
-        clip=config.clip,
-        rate=config.learning_rate * factor,
-        gates=gates,
-    )
+    with around.world.watched():
+        result = train_step(
+            model,
+            torch.from_numpy(batch.ids).to(around.device),
+            batch.domains,
+            around.objective,
+            optimizer,
+            step=step,
+            microbatches=config.microbatches,
+            clip=config.clip,
+            rate=config.learning_rate * factor,
+            gates=gates,
+            world=around.world,
+            object_to=lambda loss, norm: objection(loss, norm, progress.recent, config.skip_spikes),
+            frees=frees_after_forward(around.runtime, around.device),
+        )
     progress.step, progress.cursors = step, batch.cursors
     progress.tokens += result.tokens
-    return result, config.learning_rate * factor
+    if result.skipped is None:
+        progress.bad_steps = 0
+        if config.skip_spikes is not None:
+            progress.recent = remember(progress.recent, result.loss, config.spike_window)
+    else:
+        progress.bad_steps += 1
+    progress.seconds += (spent := time.perf_counter() - began)
+    line = _line(result, config.learning_rate * factor, spent, around, progress, gates) | {"weights": weights}
+    if result.skipped is not None:
+        line |= {"skipped": result.skipped, "samples": _samples(batch, around.domains)}
+    return line
 
 
 def _evaluate(model: nn.Module, around: Surroundings, progress: Progress, gates: LearnedGates | None) -> None:
@@ -186,8 +232,21 @@ def _evaluate(model: nn.Module, around: Surroundings, progress: Progress, gates:
     if gates is not None:
         gates.settle(progress.step)
     progress.heldout = around.evaluate(model)
+    forget_gathered(model)
     progress.weights = around.reweigh(progress.weights, progress.heldout)
     progress.seconds += time.perf_counter() - began
+
+
+def _refuse_bad_steps(progress: Progress, config: FitConfig, around: Surroundings, line: Mapping[str, Any]) -> None:
+    if "skipped" in line:
+        around.note(f"step {progress.step} of {around.stage} was skipped: {line['skipped']}; its samples are in metrics.jsonl")
+    if progress.bad_steps >= config.max_bad_steps:
+        found = list(checkpoint.steps(around.checkpoints).values())
+        kept = f"The last good checkpoint is {found[-1]}" if found else "There is no checkpoint of this stage"
+        raise NumericsError(
+            f"{progress.bad_steps} steps in a row up to step {progress.step} of {around.stage} were bad ({line['skipped']}); none of them "
+            f"changed the model. {kept}; metrics.jsonl names their samples. Lower the learning rate, or look at these samples."
+        )
 
 
 def _line(
@@ -211,23 +270,24 @@ def _line(
     return line
 
 
-def _restore(
-    model: nn.Module, optimizer: torch.optim.Optimizer, names: Mapping[int, str], around: Surroundings, gates: LearnedGates | None
-) -> Progress | None:
-    found = checkpoint.load(around.checkpoints)
+def _samples(batch: Batch, domains: list[str]) -> dict[str, str]:
+    """Which training sequences a step was made of: {domain: their numbers in its shard}."""
+    return {domains[d]: " ".join(map(str, batch.samples[batch.domains == d])) for d in np.unique(batch.domains)}
+
+
+def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, around: Surroundings, gates: LearnedGates | None) -> Progress | None:
+    found = checkpoint.load(around.checkpoints, world=around.world)
     if found is None:
         return None
-    parts: dict[str, dict[str, Tensor]] = {"model": {}, "optimizer": {}, "gates": {}}
-    for path, tensor in found.tensors.items():
-        part, _, name = path.partition("/")
-        parts[part][name] = tensor
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(parts["model"][name])
-    checkpoint.unpack_optimizer(optimizer, names, parts["optimizer"], found.state["optimizer"])
-    if gates is not None:
-        gates.load(parts["gates"])
+    around.world.everywhere(lambda: unpack(found, found.state["optimizer"], model, optimizer, gates, around.world))
     return Progress.from_json(found.state["progress"])
+
+
+def _log(around: Surroundings, step: int) -> RunLog | NoLog:
+    """The log of the stage, which process 0 keeps."""
+    if not around.world.first:
+        return NoLog()
+    return RunLog(around.run_dir, around.stage, after_step=step, offset=around.step_offset, warn=around.note)
 
 
 def _named(around: Surroundings, values: np.ndarray) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The optimizer of the weights, and what is set on a model before it trains."""
+"""The device, the optimizer of the weights, and the precision of a forward pass."""
 
 from __future__ import annotations
 
@@ -12,33 +12,31 @@ from shearling.objectives.lm import Objective
 from shearling.train.config import FitConfig, RuntimeConfig
 
 
-def choose_device(runtime: RuntimeConfig) -> torch.device:
-    """The device to compute on; sets the number of CPU threads. Raises `ConfigError` for a device that is not there."""
+def choose_device(runtime: RuntimeConfig, local_rank: int = 0, local_size: int = 1) -> torch.device:
+    """The device to compute on: of several processes on a machine, the GPU of its number. Sets the number of CPU threads.
+
+    Raises `ConfigError` for a device that is not there, or that several processes would share.
+    """
     if runtime.threads is not None:
         torch.set_num_threads(runtime.threads)
     name = runtime.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    remedy = "Use auto, cpu, cuda or cuda:N with a GPU that torch can see."
     try:
         device = torch.device(name)
+        if device.type == "cuda" and local_size > 1:
+            if device.index is not None:
+                remedy = "Each process takes the GPU of its number on its machine: use auto or cuda."
+                raise RuntimeError(f"{local_size} processes on this machine would share it")
+            device = torch.device("cuda", local_rank)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        remedy = "Use auto, cpu, cuda or cuda:N with a GPU that torch can see."
         found = f"{name!r} ({str(error).splitlines()[0][:120]})"
         raise ConfigError("the device cannot be used", [Problem("runtime.device", found, remedy)]) from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
-
-
-def prepare_model(model: nn.Module, runtime: RuntimeConfig) -> None:
-    """Set a stock transformers model up for training, in place."""
-    if runtime.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-    if runtime.compile:
-        model.compile()
-    for module in model.modules():  # the method has no dropout, and its noise would not be a function of the step
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-    model.train()
 
 
 def build_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.AdamW:

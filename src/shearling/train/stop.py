@@ -10,12 +10,17 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+def signal_name(number: int) -> str:
+    """SIGTERM and the like."""
+    return signal.Signals(number).name
+
+
 class StopOnSignal:
-    """While entered, the first SIGINT, SIGTERM or SIGUSR1 sets `requested`; a second one acts as it would without us."""
+    """While entered, the first SIGINT, SIGTERM or SIGUSR1 sets `number`; a second one acts as it would without us."""
 
     def __init__(self) -> None:
-        self.requested: str | None = None
-        """Name of the signal that asked to stop."""
+        self.number = 0
+        """The signal that asked to stop, 0 for none."""
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopOnSignal:
@@ -27,7 +32,7 @@ class StopOnSignal:
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.requested = signal.Signals(number).name
+        self.number = number
         self._restore()
 
     def _restore(self) -> None:

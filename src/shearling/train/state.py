@@ -1,0 +1,127 @@
+"""What of a stage goes into a checkpoint, by name, and how it comes back: weights, the optimizer's moments, the gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from shearling.errors import ArtifactError, Problem
+from shearling.io.tensors import shortened
+from shearling.train.parallel import forget_gathered, local, rows_of
+from shearling.world import World
+
+
+class Saved(Protocol):
+    """Where tensors come back from (`shearling.train.checkpoint.Checkpoint`)."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name -> whole shape."""
+        ...
+
+    def rows(self, name: str, start: int, end: int) -> Tensor:
+        """Rows `start` to `end` of a tensor."""
+        ...
+
+    def whole(self, name: str) -> Tensor:
+        """A whole tensor."""
+        ...
+
+
+class SavedGates(Protocol):
+    """What is needed of gates here (`shearling.prune.learn.GateLearner`)."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint has to hold of the gates."""
+        ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Put what `tensors` gave back."""
+        ...
+
+
+def pack(model: nn.Module, optimizer: torch.optim.Optimizer, gates: SavedGates | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Everything of a stage as tensors by name (not copied; sharded ones stay sharded), and the optimizer's step counts.
+
+    `model/PARAMETER`, `optimizer/MOMENT/PARAMETER` and `gates/NAME`: names outlive any reordering of parameters and groups.
+    Hyperparameters are not part of it: they come from the recipe and its schedules.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    scalars: dict[str, Any] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and key != "step":
+                tensors[f"optimizer/{key}/{names[id(parameter)]}"] = value
+            else:
+                scalars.setdefault(key, {})[names[id(parameter)]] = value.item() if isinstance(value, Tensor) else value
+    return tensors | {f"gates/{name}": tensor for name, tensor in (gates.tensors() if gates else {}).items()}, scalars
+
+
+def unpack(
+    saved: Saved, scalars: Mapping[str, Any], model: nn.Module, optimizer: torch.optim.Optimizer, gates: SavedGates | None, world: World
+) -> None:
+    """Put back what `pack` gave, whatever the number of processes was; each reads its own rows alone.
+
+    The optimizer's state of a parameter that is not in it is empty, as before its first step. Raises `ArtifactError`, before
+    anything is changed, for tensors that the model or the optimizer does not have, for missing weights, and for other shapes.
+    """
+    parameters = dict(model.named_parameters())
+    _check(saved, scalars, parameters)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            _fill(parameter, saved, f"model/{name}", world)
+    forget_gathered(model)
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    names = {id(parameter): name for name, parameter in parameters.items()}
+    # counts in the dtype in which torch makes them itself
+    dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+    state: dict[int, dict[str, Any]] = {}
+    for index, parameter in enumerate(ordered):
+        name = names[id(parameter)]
+        for path in saved.shapes:
+            part, _, rest = path.partition("/")
+            key, _, of = rest.partition("/")
+            if part == "optimizer" and of == name:
+                moment = torch.empty_like(parameter, requires_grad=False)
+                _fill(moment, saved, path, world)
+                state.setdefault(index, {})[key] = moment
+        for key, values in scalars.items():
+            if name in values:
+                state.setdefault(index, {})[key] = torch.tensor(values[name], dtype=dtype)
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    if gates is not None:
+        gates.load({path.removeprefix("gates/"): saved.whole(path) for path in saved.shapes if path.startswith("gates/")})
+
+
+def _check(saved: Saved, scalars: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+    of_another = "The checkpoint is of another model or stage."
+    problems = [Problem(f"model/{name}", "no such tensor", of_another) for name in parameters if f"model/{name}" not in saved.shapes]
+    for path, shape in saved.shapes.items():
+        part, _, rest = path.partition("/")
+        if part == "gates":
+            continue
+        name = rest if part == "model" else rest.partition("/")[2]
+        if part not in ("model", "optimizer") or name not in parameters:
+            problems.append(Problem(path, "a tensor of an unknown parameter", of_another))
+        elif shape != tuple(parameters[name].shape):
+            remedy = f"The parameter has {tuple(parameters[name].shape)}; it is of another shape."
+            problems.append(Problem(path, f"shape {shape}", remedy))
+    problems += [
+        Problem(f"{key}/{name}", "the count of an unknown parameter", of_another)
+        for key, values in scalars.items()
+        for name in values
+        if name not in parameters
+    ]
+    if problems:
+        raise ArtifactError("this checkpoint does not fit the model", shortened(problems))
+
+
+@torch.no_grad()
+def _fill(tensor: Tensor, saved: Saved, name: str, world: World) -> None:
+    start, end = rows_of(tensor, world)
+    if end > start:
+        local(tensor).copy_(saved.rows(name, start, end) if tensor.dim() else saved.whole(name))

@@ -1,0 +1,351 @@
+"""The processes of a run: one, or as many as torchrun started. Everything that they decide together goes through here.
+
+Two kinds of talk, apart from the gradients' and weights' own (FSDP2):
+
+collectives   every process must call them in the same order; they end in an error after the run's `timeout`.
+the board     notes in the store that the processes met in: one posts, others read it when it is there. Waiting for a note has no
+              time limit of its own, since one process may prepare text for hours while the others wait; it ends when a
+              process that is waited for shows no sign of life for `timeout` seconds.
+
+Notes and decisions are JSON: nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from shearling import errors
+from shearling.errors import ConfigError, PeerError, Problem, ProblemsError, ShearlingError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+T = TypeVar("T")
+_BEAT_SECONDS = 2.0
+_POLL_SECONDS = 0.01, 0.5
+_LEAVING_SECONDS = 10.0
+_LOST = re.compile(r"connection|peer|timed? ?out|broken pipe|socket|gloo|nccl|store", re.IGNORECASE)
+
+
+class World:
+    """One process alone; the base of many. Use it as a context manager around everything that the processes do together."""
+
+    rank = 0
+    """Number of this process, from 0."""
+    size = 1
+    """How many there are."""
+    local_rank = 0
+    """Number of this process on its machine."""
+    local_size = 1
+    """How many there are on its machine."""
+
+    def __init__(self) -> None:
+        self.signal: Callable[[], int] = lambda: 0
+        """Gives the number of the signal that asked this process to stop, 0 for none. While it waits, it passes this on."""
+        self._notes: dict[str, Any] = {}
+
+    def __enter__(self) -> World:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        return None
+
+    @property
+    def first(self) -> bool:
+        """Whether this is process 0, which alone writes what is written once."""
+        return self.rank == 0
+
+    def largest(self, value: int) -> int:
+        """The largest of all processes' values. A collective."""
+        return value
+
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is set on any process. A collective."""
+        return bool(self.largest(int(flag)))
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all processes, in place, to the same bits on each. A collective."""
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every process' tensor (all of one shape), in order of the processes. A collective."""
+        return [tensor]
+
+    def post(self, key: str, value: Any) -> None:
+        """Put a JSON value on the board, under a key that is used once."""
+        self._notes[key] = value
+
+    def read(self, key: str, rank: int) -> Any:
+        """Wait for a value that process `rank` posts. Raises `PeerError` where that process is gone."""
+        return self._notes[key]
+
+    def rank0_decides(self, work: Callable[[], T]) -> T:
+        """Do `work` on process 0 alone; every process gets its JSON value, or raises its error. Others may wait for hours."""
+        return work()
+
+    def everywhere(self, work: Callable[[], T]) -> T:
+        """Do `work`, in which no process may wait for another, on each; where one fails, all raise the error of the lowest rank."""
+        return work()
+
+    def in_turns(self, work: Callable[[], T]) -> T:
+        """As `everywhere`, but the processes of one machine one after the other, so that what it takes for a while is taken once."""
+        return work()
+
+    def stop_asked(self) -> int:
+        """For work of process 0 alone: number of the signal that asked any process to stop, 0 for none."""
+        return self.signal()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """Work that the others wait for: where it takes longer than `timeout`, its stack is written out and the process ends."""
+        yield
+
+
+class Many(World):
+    """Several processes, as torchrun (or another launcher that sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) starts them."""
+
+    def __init__(self, timeout: float, on_gpu: bool) -> None:
+        super().__init__()
+        import torch.distributed as dist
+        from torch.distributed.distributed_c10d import PrefixStore
+        from torch.distributed.rendezvous import rendezvous
+
+        self.rank, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self.timeout = timeout
+        span = timedelta(seconds=timeout)
+        with _peer_errors(timeout):
+            store, _, _ = next(iter(rendezvous("env://", self.rank, self.size, timeout=span)))
+            self._board = PrefixStore("shearling", store)
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            group = PrefixStore("group", store)
+            dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.size, timeout=span)
+        self._decisions = 0
+        self._passed_on = False
+        self._alive = threading.Event()
+        self._beating = threading.Thread(target=self._beat, name="shearling-heartbeat", daemon=True)
+
+    def __enter__(self) -> World:
+        self._beating.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        import torch.distributed as dist
+
+        if error is None or (isinstance(error, ShearlingError) and not isinstance(error, PeerError)):
+            with contextlib.suppress(Exception):  # the board may lie in process 0, which must not end before all have read it
+                self.post(f"left/{self.rank}", True)
+                for rank in range(self.size):
+                    self.read(f"left/{rank}", rank, patience=_LEAVING_SECONDS)
+            dist.destroy_process_group()
+        self._alive.set()
+        if isinstance(error, RuntimeError) and not isinstance(error, ShearlingError) and _LOST.search(str(error)):
+            raise _lost(self.timeout, error) from error
+
+    def largest(self, value: int) -> int:
+        """See `World`."""
+        import torch
+        import torch.distributed as dist
+
+        found = torch.tensor([value])
+        with _peer_errors(self.timeout):
+            dist.all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """See `World`."""
+        import torch.distributed as dist
+
+        with _peer_errors(self.timeout):
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """See `World`."""
+        import torch
+        import torch.distributed as dist
+
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        with _peer_errors(self.timeout):
+            dist.all_gather(found, tensor.contiguous())
+        return found
+
+    def post(self, key: str, value: Any) -> None:
+        """See `World`."""
+        with _peer_errors(self.timeout):
+            self._board.set(key, json.dumps(value))
+
+    def read(self, key: str, rank: int, patience: float | None = None) -> Any:
+        """See `World`. `patience`: seconds without a sign of life, instead of `timeout`."""
+        pause, last, seen = _POLL_SECONDS[0], time.monotonic(), b""
+        patience = self.timeout if patience is None else patience
+        with _peer_errors(self.timeout):
+            while not self._board.check([key]):
+                if (number := self.signal()) and not self._passed_on:
+                    self._passed_on = True
+                    self._board.set("stop", json.dumps(number))
+                time.sleep(pause)
+                pause = min(pause * 1.5, _POLL_SECONDS[1])
+                beat = self._board.get(f"beat/{rank}") if self._board.check([f"beat/{rank}"]) else b""
+                if beat != seen:
+                    seen, last = beat, time.monotonic()
+                elif time.monotonic() - last > patience:
+                    raise _lost(self.timeout, f"process {rank} shows no sign of life")
+            return json.loads(self._board.get(key))
+
+    def rank0_decides(self, work: Callable[[], T]) -> T:
+        """See `World`."""
+        key = self._next()
+        if self.rank != 0:
+            decided: T = opened(self.read(key, 0))
+            return decided
+        outcome, error = _attempt(work)
+        self.post(key, sealed(outcome, error))
+        if error is not None:
+            raise _told(error)
+        plain: T = json.loads(json.dumps(outcome))  # as the others get it
+        return plain
+
+    def everywhere(self, work: Callable[[], T]) -> T:
+        """See `World`."""
+        key = self._next()
+        outcome, error = _attempt(work)
+        self.post(f"{key}/{self.rank}", sealed(None, error))
+        for rank in range(self.size):
+            if rank == self.rank and error is not None:
+                raise _told(error)
+            opened(self.read(f"{key}/{rank}", rank))
+        return outcome  # type: ignore[return-value]
+
+    def in_turns(self, work: Callable[[], T]) -> T:
+        """See `World`."""
+        key = self._next()
+
+        def mine() -> T:
+            try:
+                if self.local_rank:  # ranks of one machine follow one another
+                    self.read(f"{key}/{self.rank - 1}/done", self.rank - 1)
+                return work()
+            finally:
+                self.post(f"{key}/{self.rank}/done", True)
+
+        return self.everywhere(mine)
+
+    def stop_asked(self) -> int:
+        """See `World`."""
+        if number := self.signal():
+            return number
+        with _peer_errors(self.timeout):
+            return int(json.loads(self._board.get("stop"))) if self._board.check(["stop"]) else 0
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[None]:
+        """See `World`."""
+        faulthandler.dump_traceback_later(self.timeout, exit=True)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _next(self) -> str:
+        self._decisions += 1
+        return f"decision/{self._decisions}"
+
+    def _beat(self) -> None:
+        number = 0
+        while not self._alive.wait(_BEAT_SECONDS):
+            number += 1
+            with contextlib.suppress(Exception):  # who holds the board is gone; the main thread will see it
+                self._board.set(f"beat/{self.rank}", str(number))
+
+
+def join(device: str = "cpu", timeout: float = 600.0) -> World:
+    """The processes that the launcher's environment speaks of; without one, this process alone.
+
+    `device`: what the run computes on; with a GPU, tensors on it are exchanged by NCCL. `timeout`: seconds. Raises
+    `ConfigError` where the environment is not whole, `PeerError` where the others do not come.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return World()
+    if os.environ["WORLD_SIZE"] == "1":
+        return World()
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        remedy = "Start with torchrun, which sets them, or unset RANK and WORLD_SIZE."
+        raise ConfigError("several processes are asked for", [Problem(name, "nothing in the environment", remedy) for name in missing])
+    import torch
+
+    return Many(timeout, device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, before anything is joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def sealed(value: Any, error: Exception | None = None) -> dict[str, Any]:
+    """A JSON value, or an error, in a form that goes over the board."""
+    if error is None:
+        return {"value": value}
+    if isinstance(error, ProblemsError):
+        problems = [[problem.field, problem.found, problem.remedy] for problem in error.problems]
+        return {"error": type(error).__name__, "text": error.headline, "problems": problems}
+    return {"error": type(error).__name__, "text": str(error)}
+
+
+def opened(envelope: dict[str, Any]) -> Any:
+    """The value that was sealed; or the error that was, raised: one of ours as it was, any other as a `PeerError` that names it."""
+    if "error" not in envelope:
+        return envelope["value"]
+    kind: Any = getattr(errors, envelope["error"], object)
+    error: ShearlingError
+    if not issubclass(kind, ShearlingError):
+        error = PeerError(f"a process of this run failed: {envelope['error']}: {envelope['text']}")
+    elif "problems" in envelope:
+        error = kind(envelope["text"], [Problem(*problem) for problem in envelope["problems"]])
+    else:
+        error = kind(envelope["text"])
+    raise _told(error)
+
+
+def _told(error: Exception) -> Exception:
+    """Mark an error that every process raises, so that it is printed once."""
+    if isinstance(error, ShearlingError):
+        error.told = True
+    return error
+
+
+@contextlib.contextmanager
+def _peer_errors(timeout: float) -> Iterator[None]:
+    try:
+        yield
+    except ShearlingError:
+        raise
+    except RuntimeError as error:  # what torch raises for a closed connection, a timeout, a store that is gone
+        raise _lost(timeout, error) from error
+
+
+def _lost(timeout: float, why: object) -> PeerError:
+    found = " ".join(str(why).split())[:200]
+    return PeerError(
+        f"another process of this run ended, or did not answer for {timeout:g} s ({found}). What was saved is whole: "
+        "look at that process' output, and run the same command to go on."
+    )
