@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from shearling.run import Silent
+from shearling.show import Silent
 
 DOMAINS = ("a", "b")
 TARGET = {"num_hidden_layers": 2, "hidden_size": 36, "num_attention_heads": 3, "intermediate_size": 24}

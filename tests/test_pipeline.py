@@ -20,6 +20,7 @@ from runs import DOMAINS, TARGET, SignalAt, command, contents, metrics, recipe_v
 from shearling.errors import ConfigError, OutputError, Stopped
 from shearling.recipe import load_recipe
 from shearling.run import RunDirectory
+from shearling.show import Silent
 
 SOURCES: dict[str, dict[str, Any]] = {
     "llama": {"tied": True},
@@ -241,7 +242,7 @@ def test_a_kill_while_the_directory_is_made(values: dict[str, Any], tmp_path: Pa
 
     def enter(out: Path) -> None:
         with RunDirectory(out, recipe) as directory:
-            directory.do("prepare", lambda: {}, shearling.run.Silent() if False else __import__("runs").Silent())
+            directory.do("prepare", lambda: {}, Silent())
 
     while killed:
         k += 1

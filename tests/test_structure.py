@@ -23,7 +23,7 @@ LEVELS: dict[str, int] = {
     **dict.fromkeys(("config", "arch", "shapes", "schedules", "world"), 1),
     **dict.fromkeys(("prune", "data", "objectives"), 2),
     **dict.fromkeys(("train", "evaluate", "sources", "export"), 3),
-    **dict.fromkeys(("recipe", "planning", "run", "stages", "measure", "pictures", "report", "progress", "api"), 4),
+    **dict.fromkeys(("recipe", "planning", "run", "show", "stages", "measure", "pictures", "report", "progress", "api"), 4),
     **dict.fromkeys(("cli", "__init__", "__main__"), 5),
 }
 """Level of every room: a file, or a folder as a whole. A room imports from its own level and below."""

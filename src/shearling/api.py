@@ -15,10 +15,11 @@ from shearling.errors import ArtifactError, Problem
 from shearling.io.files import check_writable, read_json, write_atomic
 from shearling.planning import STAGES_THAT_TRAIN, available_memory, describe, disk_needed, memory_warning, sizes, stage_memory
 from shearling.recipe import Recipe, RecipeLike, load_recipe
-from shearling.run import RunDirectory, Show, Silent, check_artifacts, run_path
+from shearling.run import RunDirectory, check_artifacts, run_path
 from shearling.shapes import Target, target_anatomy
+from shearling.show import Shielded, Show, Silent
 from shearling.sources import Source, open_source
-from shearling.world import World, join
+from shearling.world import World, join, restarted
 
 if TYPE_CHECKING:
     from shearling.stages import Context
@@ -172,9 +173,10 @@ def _through(
     loaded = load_recipe(recipe, overrides)
     path, names = run_path(recipe, out), STAGES[: STAGES.index(last) + 1]
     with join(loaded.runtime.device, loaded.runtime.timeout) as world, ExitStack() as held:
-        shown = show if show is not None and world.first else Silent()
+        shown: Show = Shielded(show) if show is not None and world.first else Silent()
         source, device = world.everywhere(lambda: _checked(loaded, last, world, overwrite))
-        directory = RunDirectory(path, loaded, overwrite=overwrite, accept_changed=accept_changed)
+        afresh = overwrite and not restarted()  # what a launcher starts again is to go on
+        directory = RunDirectory(path, loaded, overwrite=afresh, accept_changed=accept_changed)
 
         def enter() -> list[str]:
             held.enter_context(directory)
@@ -227,7 +229,8 @@ def _preflight(directory: RunDirectory, source: Source, last: str, device: str, 
     check_writable(directory.path, disk_needed(source, recipe, remaining, directory.half_done())["total"])
     free = available_memory(device, here)
     training = [stage for stage in STAGES_THAT_TRAIN if stage in remaining]
-    needed = {stage: stage_memory(source, recipe, stage, world_size=processes)["total"] for stage in training}
+    keeps = recipe.runtime.reshard_after_forward is False or (recipe.runtime.reshard_after_forward is None and device == "cpu")
+    needed = {stage: stage_memory(source, recipe, stage, world_size=processes, keeps_gathered=keeps)["total"] for stage in training}
     return [text for stage, size in needed.items() if (text := memory_warning(stage, size, free))]
 
 

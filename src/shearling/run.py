@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import yaml
 
@@ -30,6 +30,7 @@ from shearling.io.files import (
     write_atomic,
 )
 from shearling.recipe import FIXED, Recipe, RecipeLike, covers, differences, dump_recipe, load_recipe
+from shearling.show import Show
 from shearling.world import World
 
 RECIPE_FILE = "recipe.yaml"
@@ -45,42 +46,6 @@ CONTENTS = frozenset(
 """What a run makes in its directory. `--overwrite` deletes a directory only if it holds nothing else."""
 LAST_USE = {"prune": "prune", "mixture": "train", "train": "train", "export": "train", "evaluate": "evaluate", "runtime": "evaluate"}
 """Section of the recipe -> the last stage that reads it."""
-
-
-class Show(Protocol):
-    """Where a run tells how it goes; the command line shows it, and a Python caller may pass a class of their own."""
-
-    def stage(self, name: str, done: bool) -> None:
-        """A stage begins, or (`done`) was found finished."""
-        ...
-
-    def note(self, text: str) -> None:
-        """Something the user should read."""
-        ...
-
-    def step(self, stage: str, step: int, steps: int, line: Mapping[str, Any]) -> None:
-        """A training step is done; `line` is what was logged."""
-        ...
-
-    def count(self, what: str, done: int, unit: str) -> None:
-        """Work of unknown length goes on."""
-        ...
-
-
-class Silent:
-    """Shows nothing; the default in Python."""
-
-    def stage(self, name: str, done: bool) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def step(self, stage: str, step: int, steps: int, line: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-    def count(self, what: str, done: int, unit: str) -> None:
-        """Nothing."""
 
 
 def run_path(recipe: RecipeLike, out: str | Path | None) -> Path:

@@ -37,8 +37,8 @@ from shearling.prune.plan import PrunePlan, plan_from_masks
 from shearling.prune.transform import transform
 from shearling.prune.verify import Difference, compare_logits, logits_of, masked_logits, require_equal
 from shearling.recipe import Recipe
-from shearling.run import Show
 from shearling.shapes import target_anatomy, target_config
+from shearling.show import Show
 from shearling.sources import Source
 from shearling.train import checkpoint
 from shearling.train.config import FitConfig

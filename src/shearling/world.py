@@ -294,6 +294,11 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def restarted() -> bool:
+    """Whether torchrun started this process in the place of one that failed."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
     try:
         return work(), None

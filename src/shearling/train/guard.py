@@ -24,7 +24,7 @@ def objection(loss: float, gradient_norm: float, recent: Sequence[float], deviat
     if deviations is None or len(recent) < LEAST:
         return None
     mean = fmean(recent)
-    spread = max(pstdev(recent), FLOOR * abs(mean))
+    spread = max(pstdev(recent), FLOOR * abs(mean), 1e-6)  # losses of 0 have neither
     if loss > mean + deviations * spread:
         return f"the loss {loss:.4f} stands {(loss - mean) / spread:.1f} deviations above the mean {mean:.4f} of {len(recent)} steps"
     return None

@@ -102,9 +102,7 @@ def check_microbatches(stages: dict[str, FitConfig], size: int) -> None:
     for name, config in stages.items():
         if config.steps and config.microbatches % size:
             fitting = [str(n) for n in range(1, config.microbatches + 1) if config.microbatches % n == 0]
-            remedy = (
-                f"Each step's microbatches are dealt to {size} processes: set a multiple of {size}, or start {', '.join(fitting)} of them."
-            )
+            remedy = f"They are dealt evenly to {size} processes: set a multiple of {size}, or start {' or '.join(fitting)} of them."
             problems.append(Problem(f"{name}.microbatches", str(config.microbatches), remedy))
     if problems:
         raise ConfigError(f"{size} processes were started, which the recipe does not fit", problems)

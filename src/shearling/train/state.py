@@ -67,10 +67,10 @@ def unpack(
     """Put back what `pack` gave, whatever the number of processes was; each reads its own rows alone.
 
     The optimizer's state of a parameter that is not in it is empty, as before its first step. Raises `ArtifactError`, before
-    anything is changed, for tensors that the model or the optimizer does not have, for missing weights, and for other shapes.
+    anything is changed, for tensors that model, optimizer or gates do not have, for missing weights and gates, and for other shapes.
     """
     parameters = dict(model.named_parameters())
-    _check(saved, scalars, parameters)
+    _check(saved, scalars, parameters, gates)
     with torch.no_grad():
         for name, parameter in parameters.items():
             _fill(parameter, saved, f"model/{name}", world)
@@ -97,19 +97,18 @@ def unpack(
         gates.load({path.removeprefix("gates/"): saved.whole(path) for path in saved.shapes if path.startswith("gates/")})
 
 
-def _check(saved: Saved, scalars: Mapping[str, Any], parameters: Mapping[str, nn.Parameter]) -> None:
+def _check(saved: Saved, scalars: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], gates: SavedGates | None) -> None:
     of_another = "The checkpoint is of another model or stage."
-    problems = [Problem(f"model/{name}", "no such tensor", of_another) for name in parameters if f"model/{name}" not in saved.shapes]
+    wanted = {f"model/{name}": tuple(parameter.shape) for name, parameter in parameters.items()}
+    wanted |= {f"gates/{name}": tuple(tensor.shape) for name, tensor in (gates.tensors() if gates else {}).items()}
+    problems = [Problem(path, "no such tensor", of_another) for path in wanted if path not in saved.shapes]
     for path, shape in saved.shapes.items():
         part, _, rest = path.partition("/")
-        if part == "gates":
-            continue
-        name = rest if part == "model" else rest.partition("/")[2]
-        if part not in ("model", "optimizer") or name not in parameters:
+        of = f"model/{rest.partition('/')[2]}" if part == "optimizer" else path
+        if of not in wanted:
             problems.append(Problem(path, "a tensor of an unknown parameter", of_another))
-        elif shape != tuple(parameters[name].shape):
-            remedy = f"The parameter has {tuple(parameters[name].shape)}; it is of another shape."
-            problems.append(Problem(path, f"shape {shape}", remedy))
+        elif shape != wanted[of]:
+            problems.append(Problem(path, f"shape {shape}", f"The parameter has {wanted[of]}; it is of another shape."))
     problems += [
         Problem(f"{key}/{name}", "the count of an unknown parameter", of_another)
         for key, values in scalars.items()
