@@ -16,11 +16,13 @@ import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from models import FAMILIES, save_tiny_source, tiny_tokenizer
 from shearling.errors import ArtifactError
-from shearling.sources import open_source
+from shearling.io.headers import read_header
+from shearling.io.tensors import ShardWriter
+from shearling.sources import Source, open_source
 
 IDS = torch.arange(3, 23).reshape(2, 10)
 
@@ -113,20 +115,103 @@ MUTATIONS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
 }
 
 
+@pytest.fixture
+def no_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any module of a model that computes something fails the test."""
+
+    def computed(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a forward pass ran")
+
+    for kind in (torch.nn.Embedding, torch.nn.Linear):
+        monkeypatch.setattr(kind, "forward", computed)
+
+
+@pytest.fixture
+def no_tensor(monkeypatch: pytest.MonkeyPatch, no_forward: None) -> None:
+    """Nor may a tensor be read, by us or by transformers, or a model be made to hold it."""
+
+    def opened(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("tensors were opened")
+
+    monkeypatch.setattr("safetensors.safe_open", opened)
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", opened)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", opened)
+
+
+def problems_of(directory: Path) -> set[tuple[str, str]]:
+    """(field, found) of what every way to the weights refuses a source for."""
+    found = []
+    for use in (Source.check, Source.load_model, Source.reader):
+        with pytest.raises(ArtifactError) as refused:
+            use(open_source(directory))
+        assert refused.value.exit_code == 3
+        found.append({(problem.field, problem.found) for problem in refused.value.problems})
+    assert found[0] == found[1] == found[2]
+    return found[0]
+
+
 @pytest.mark.parametrize("case", MUTATIONS)
-def test_wrong_tensors_are_refused_before_any_is_read(
-    copy: Callable[[str, bool], Path], monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def test_wrong_tensors_are_refused_before_any_is_read(copy: Callable[[str, bool], Path], no_tensor: None, case: str) -> None:
     directory = copy("llama", False)
     change_weights(directory, MUTATIONS[case][0])
-    monkeypatch.setattr("shearling.sources.load_stock", None)
     for use in (open_source(directory).load_model, open_source(directory).reader):
         with pytest.raises(ArtifactError, match=MUTATIONS[case][1]):
             use()
 
 
+def test_all_wrong_tensors_are_listed(copy: Callable[[str, bool], Path], no_tensor: None) -> None:
+    directory = copy("llama", False)
+    changes = {NORM: torch.ones(47), "model.extra": torch.ones(3), "model.layers.0.mlp.up_proj.weight": torch.ones(40, 48).char()}
+    change_weights(directory, lambda t: (t.pop(UP), t.update(changes)))
+    assert problems_of(directory) == {
+        (UP, "no such tensor"),
+        (NORM, "shape (47,)"),
+        ("model.extra", "an unknown tensor"),
+        ("model.layers.0.mlp.up_proj.weight", "dtype I8"),
+    }
+
+
+def in_shards(directory: Path, count: int = 6) -> list[Path]:
+    """Write the weights of a directory in shards; returns their paths."""
+    tensors = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    with ShardWriter(directory, sum(tensor.nbytes for tensor in tensors.values()) // count) as writer:
+        for name, tensor in tensors.items():
+            writer.add(name, tensor)
+    return sorted(directory.glob("model-*.safetensors"))
+
+
+def test_all_wrong_shards_are_listed(copy: Callable[[str, bool], Path], no_tensor: None) -> None:
+    """Cut anywhere, gone, with a tensor of another shard, with a name twice, with one that the index does not know."""
+    directory = copy("llama", False)
+    first, second, third, fourth, fifth, *_ = shards = in_shards(directory)
+    assert len(shards) >= 6
+    data = first.stat().st_size - 8 - int.from_bytes(first.read_bytes()[:8], "little")
+    name, other = (next(iter(read_header(path))) for path in (fourth, fifth))
+    first.write_bytes(first.read_bytes()[:-1])
+    torn = second.read_bytes()[:8]
+    second.write_bytes(second.read_bytes()[:12])
+    third.unlink()
+    save_file({**load_file(fifth), name: torch.ones(1), "stranger": torch.ones(2)}, fifth)
+    last = shards[-1].read_bytes()
+    known = next(iter(read_header(shards[-1])))
+    length = int.from_bytes(last[:8], "little")
+    twice = last[8 : 8 + length].rstrip()[:-1] + b',"%s":{}}' % known.encode()
+    shards[-1].write_bytes(len(twice).to_bytes(8, "little") + twice + last[8 + length :])
+    problems = problems_of(directory)
+    assert problems >= {
+        (f"{first.name}: data", f"{data - 1} bytes of data where {data} are due"),
+        (f"{second.name}: header", f"a header of {int.from_bytes(torn, 'little')} bytes in a file of 12"),
+        (f"{third.name}: header", "No such file or directory"),
+        (name, f"in {fourth.name} and in {fifth.name}"),
+        ("stranger", f"in {fifth.name}, by the index in no shard"),
+        (f"{shards[-1].name}: JSON", f"the key {known!r} appears twice"),
+    }
+    assert other not in {field for field, _ in problems}
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_weights_that_are_not_finite(copy: Callable[[str, bool], Path], value: float) -> None:
+def test_weights_that_are_not_finite(copy: Callable[[str, bool], Path], no_forward: None, value: float) -> None:
     directory = copy("qwen2", False)
     change_weights(directory, lambda t: (t[UP].__setitem__((3, 4), value), t[NORM].__setitem__(0, value)))  # type: ignore[func-returns-value]
     with pytest.raises(ArtifactError) as caught:

@@ -16,6 +16,7 @@ from shearling import pictures
 from shearling.errors import ArtifactError, Problem
 from shearling.io.files import read_json, write_atomic
 from shearling.pictures import Mark, Picture
+from shearling.prune.plan import PLAN_LIMIT, PLAN_PARTS
 from shearling.train.log import METRICS_FILE, read_metrics
 
 REPORT_FILE, PLAN_FILE, PAGE_FILE = "report.json", "plan.json", "report.html"
@@ -318,7 +319,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; empty where there is no file."""
     if not path.exists():
         return {}
-    values = read_json(path)
+    values = read_json(path, limit=PLAN_LIMIT, parts=PLAN_PARTS)  # a plan is by far the largest that is read here
     if not isinstance(values, dict):
         raise ArtifactError(f"{path}: cannot be read", [Problem(path.name, type(values).__name__, "It must hold a JSON object.")])
     return values

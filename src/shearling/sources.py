@@ -90,7 +90,7 @@ class Source:
     def check(self) -> None:
         """Raise `ArtifactError` where its weights, by their headers alone, are not those of its config; a GGUF is checked on loading."""
         if self.gguf_file is None:
-            check_tensors(self._files(), self.anatomy, self.name)
+            self._files()
 
     def load_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """The stock transformers model, in eval mode on the CPU; `dtype` None means fp32.
@@ -143,7 +143,7 @@ class Source:
             found = str(method.get("quant_method", method))[:80] if isinstance(method, dict) else str(method)[:80]
             remedy = "Quantised weights cannot be sheared; take the unquantised model."
             raise ArtifactError(f"{self.name}: a quantised model", [Problem("quantization_config", found, remedy)])
-        return TensorReader(self.directory)
+        return TensorReader(self.directory, anatomy=self.anatomy)
 
     def _gguf(self) -> dict[str, str]:
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}

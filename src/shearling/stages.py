@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from shearling.prune.gates import Gates, gate_specs
 from shearling.prune.learn import GateLearner
 from shearling.prune.plan import PrunePlan, plan_from_masks
 from shearling.prune.transform import transform
-from shearling.prune.verify import Difference, compare_logits, logits_of, masked_logits, require_equal
+from shearling.prune.verify import Difference, blame, compare_logits, logits_of, masked_logits, require_equal
 from shearling.recipe import Recipe
 from shearling.shapes import target_anatomy, target_config
 from shearling.show import Show
@@ -328,7 +328,8 @@ def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: 
 
     def verify(cut: nn.Module) -> None:
         found.append(compare_logits(cut.to(context.device), expected, ids))
-        require_equal(found[-1])
+        detail = partial(blame, masks, anatomy, context.target, reader, cut.state_dict())
+        require_equal(found[-1], detail=detail)
 
     def publish() -> dict[str, float]:
         final = context.path / "pruned"

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from shearling.io.files import (
     check_writable,
     publish_directory,
     read_json,
+    refuse_existing,
     replace_directory,
     safe_join,
     sha256_file,
@@ -84,6 +86,9 @@ def test_publish_refuses_what_exists(tmp_path: Path) -> None:
             blocked.symlink_to(tmp_path / "nowhere")
         with pytest.raises(OutputError, match="exists already"):
             publish_directory(staged_with(blocked, "2"), blocked)
+        with pytest.raises(OutputError, match="exists already"):
+            refuse_existing(blocked)
+    refuse_existing(tmp_path / "free")
     assert listing(final) == {"sub/a": b"1"}
 
 
@@ -139,20 +144,27 @@ def test_sweep_for_one_name_leaves_others(tmp_path: Path) -> None:
     assert sweep_temporary(tmp_path / "nowhere") == []
 
 
-EVIL = ["../x", "/etc/passwd", "a/../../x", "..", ".", "", "a//b", "a/./b", "a\0b", "..\\x", "C:x"]
-EVIL_LINKS = ["out", "inner/out", "loop"]
+EVIL = ["../x", "/etc/passwd", "//etc/passwd", "a/../../x", "..", ".", "", "a/", "a//b", "a/./b", "a\0b", "..\\x", "C:x", "c:\\x"]
+LOOK_ALIKES = ["..／x", "․․/x", "‥/x", "．．/x", "／etc/passwd", "＼＼host＼x", "Ｃ：x", "C：x"]
+"""Characters that some systems, or a later normalisation, take for '/', '.', a backslash or ':'."""
+EVIL += [*LOOK_ALIKES, "\udcff", "\ud800", "n" * 256, "n" * 10**6, "a/" * 2000 + "a"]
+EVIL_LINKS = ["out", "inner/out", "inner/up/secret", "loop", "dangling"]
 NO_NAMES: list[Any] = [7, None, ["a"]]
 
 
-@pytest.mark.parametrize("name", [*EVIL, *EVIL_LINKS, *NO_NAMES])
+@pytest.mark.parametrize("name", [*EVIL, *EVIL_LINKS, *NO_NAMES], ids=lambda name: ascii(name)[:30])
 def test_safe_join_refuses(tmp_path: Path, name: Any) -> None:
     root = tmp_path / "root"
     (root / "inner").mkdir(parents=True)
     (root / "out").symlink_to(tmp_path / "secret")
     (root / "inner" / "out").symlink_to("../../secret")
+    (root / "inner" / "up").symlink_to("../..")
     (root / "loop").symlink_to("loop")
-    with pytest.raises(ArtifactError, match="refuses to open"):
+    (root / "dangling").symlink_to("../nowhere")
+    (tmp_path / "secret").write_text("secret")
+    with pytest.raises(ArtifactError, match="refuses to open") as refused:
         safe_join(root, name)
+    assert refused.value.exit_code == 3 and len(str(refused.value).encode()) < 1500
 
 
 def test_safe_join_allows_files_inside_and_the_hub_cache(tmp_path: Path) -> None:
@@ -167,16 +179,20 @@ def test_safe_join_allows_files_inside_and_the_hub_cache(tmp_path: Path) -> None
         safe_join(snapshot, "elsewhere")
     (tmp_path / "link").symlink_to(snapshot)
     assert safe_join(tmp_path / "link", "model.safetensors").read_text() == "weights"
-    assert safe_join(tmp_path, "a/b.txt") == tmp_path / "a" / "b.txt"
+    for name in ("a/b.txt", "ü.safetensors", "重み-1.safetensors", "a..b", "...", "n" * 200):
+        assert safe_join(tmp_path, name) == tmp_path / name
 
 
 def test_read_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
-    path.write_text('{"a": [1, "ü"], "a": 2}', encoding="utf-8")
-    assert read_json(path) == {"a": 2}
+    path.write_text('{"a": [1, "ü", "\\ud83d\\ude00"], "b": 2}', encoding="utf-8")
+    assert read_json(path) == {"a": [1, "ü", "😀"], "b": 2}
+    with pytest.raises(ArtifactError, match="5 brackets and commas, where at most 3"):
+        read_json(path, parts=3)
+    path.write_text('{"a": [1], "a": 2}')
     with pytest.raises(ArtifactError, match="'a' appears twice"):
-        read_json(path, unique_keys=True)
-    for broken in (b"", b"{", b"\xff{}", b"[" * 100_000, b"1" * 10_000, b'{"a": tru}'):
+        read_json(path)
+    for broken in (b"", b"{", b"\xff{}", b"[" * 100_000, b"1" * 10_000, b'{"a": tru}', b'["\\ud800"]'):
         path.write_bytes(broken)
         with pytest.raises(ArtifactError, match=r"a\.json: not valid JSON"):
             read_json(path)
@@ -185,9 +201,15 @@ def test_read_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             read_json(missing)
     with pytest.raises(ArtifactError, match="cannot be read"):
         read_json(tmp_path)
+    with pytest.raises(ArtifactError, match="cannot be read"):
+        read_json(tmp_path / "a\0b")
     monkeypatch.setattr("shearling.io.files.JSON_LIMIT", 3)
-    with pytest.raises(ArtifactError, match="at most 3 bytes"):
+    path.write_text("[ ]")
+    assert read_json(path) == []
+    path.write_text("[  ]")
+    with pytest.raises(ArtifactError, match=r"4 bytes.*at most 3 bytes"):
         read_json(path)
+    assert read_json(path, limit=4) == []
 
 
 def test_check_writable(tmp_path: Path) -> None:
@@ -201,6 +223,31 @@ def test_check_writable(tmp_path: Path) -> None:
             check_writable(bad)
     with pytest.raises(StorageError, match="bytes are needed"):
         check_writable(tmp_path / "a", needed=10**18)
+
+
+def test_check_writable_on_a_read_only_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Permission bits do not stop root, so: the error of such a file system, and where namespaces allow it, a real one."""
+
+    def read_only(*arguments: Any, **options: Any) -> int:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", read_only)
+        with pytest.raises(StorageError, match="the file system is read-only; choose another place") as refused:
+            check_writable(tmp_path / "a" / "b")
+    assert refused.value.exit_code == 6
+    (tmp_path / "mount").mkdir()
+    code = "import sys; from shearling.io.files import check_writable; check_writable(sys.argv[1])"
+    script = 'mount --bind "$1" "$1" && mount -o remount,ro,bind "$1" || exit 77; exec "$2" -c "$3" "$1/new/out"'
+    arguments = [str(tmp_path / "mount"), sys.executable, code]
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("needs unshare for a mount of its own")
+    command = [unshare, "--map-root-user", "--mount", "sh", "-c", script, "sh", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 77 or "unshare" in done.stderr:
+        pytest.skip("mounts are not allowed here")
+    assert "StorageError" in done.stderr and "the file system is read-only" in done.stderr
 
 
 def test_storage_errors(tmp_path: Path) -> None:

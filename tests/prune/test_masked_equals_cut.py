@@ -1,7 +1,11 @@
-"""Masked logits equal cut logits, for every family, with random masks on every axis at once."""
+"""Masked logits equal cut logits, for every family, with random masks on every axis at once; where not, the tensor is named."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+from math import inf
+from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -12,13 +16,16 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from models import FAMILIES, tiny_config, tiny_model
+from shearling.arch.axes import parse_pattern
 from shearling.arch.families import Anatomy, anatomy_of
-from shearling.io.tensors import MemoryReader
+from shearling.errors import NumericsError, ShapeError
+from shearling.export import publish_model
+from shearling.io.tensors import MemoryReader, ShardWriter
 from shearling.prune.gates import Gates, gate_specs
-from shearling.prune.plan import plan_from_masks
+from shearling.prune.plan import PrunePlan, plan_from_masks
 from shearling.prune.transform import transform
-from shearling.prune.verify import compare_logits, masked_logits
-from shearling.shapes import Target, target_anatomy, target_config
+from shearling.prune.verify import TOLERANCE, Difference, blame, compare_logits, masked_logits, require_equal, worst_tensor
+from shearling.shapes import Target, find_problems, shape_of, target_anatomy, target_config
 
 FULL = Target(num_hidden_layers=2, hidden_size=36, num_attention_heads=2, num_key_value_heads=2, intermediate_size=24)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -42,8 +49,13 @@ def cut_model(model: Any, config: dict[str, Any], source: Anatomy, target: Anato
     """The cut model, made in memory by the plan and the transform."""
     plan = plan_from_masks(source, target, masks)
     state = dict(transform(plan, source, target, MemoryReader(model.state_dict())))
-    values = target_config(config, source, target, plan.layers)
-    small = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).to(model.dtype)
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == target.shapes()
+    return model_of(state, target_config(config, source, target, plan.layers), model.dtype)
+
+
+def model_of(state: dict[str, torch.Tensor], values: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A stock model of this config that holds exactly these tensors."""
+    small = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).to(dtype)
     missing, unexpected = small.load_state_dict(state, strict=False)
     assert not unexpected
     assert set(missing) <= {"lm_head.weight"}
@@ -117,6 +129,35 @@ def test_any_feasible_shape(family: str, tied: bool, layers: int, groups: int, q
     assert difference({"family": family, "tied": tied}, asked, seed, torch.float64) <= 1e-10
 
 
+# Mostly what can be cut, and on every field some that cannot.
+WILD = st.builds(
+    Target,
+    num_hidden_layers=st.none() | st.integers(1, 3) | st.integers(-2, 5),
+    hidden_size=st.none() | st.sampled_from((6, 12, 24, 36, 48)) | st.integers(-1, 60),
+    num_attention_heads=st.none() | st.integers(1, 6) | st.integers(-1, 9),
+    num_key_value_heads=st.none() | st.integers(1, 3) | st.integers(-1, 7),
+    intermediate_size=st.none() | st.integers(1, 40) | st.integers(-1, 10**9),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(family=st.sampled_from(FAMILIES), tied=st.booleans(), asked=WILD, seed=st.integers(0, 1000))
+def test_any_target_is_cut_exactly_or_refused_with_the_nearest(family: str, tied: bool, asked: Target, seed: int) -> None:
+    """Feasible: the result has this very shape, and computes what the gated model does. Else: `ShapeError`, and a shape that is."""
+    source = anatomy_of(tiny_config(family, tied=tied).to_dict())
+    try:
+        target = target_anatomy(source, asked)
+    except ShapeError as error:
+        assert error.exit_code == 2 and error.problems and find_problems(source, asked)
+        nearest = {field: int(size) for field, size in re.findall(r"(\w+)=(\d+)", error.headline.partition("nearest")[2])}
+        assert set(nearest) == set(Target.model_fields)
+        asked = Target(**nearest)
+        target = target_anatomy(source, asked)
+    given = {field: size for field, size in asked.model_dump().items() if size is not None}
+    assert given.items() <= shape_of(target).items()
+    assert difference({"family": family, "tied": tied}, asked, seed, torch.float64) <= 1e-10  # and its shapes are the target's
+
+
 def test_a_wrong_index_is_seen() -> None:
     """The check can fail: a plan with one other channel gives other logits."""
     model = tiny_model("qwen3")
@@ -128,3 +169,153 @@ def test_a_wrong_index_is_seen() -> None:
     expected = masked_logits(model, source, masks, ids)
     wrong = {**masks, "hidden": masks["hidden"].roll(1)}
     assert compare_logits(cut_model(model, config, source, target, wrong), expected, ids).relative_difference > 1e-2
+
+
+class Case:
+    """A tiny model, masks on every axis, its plan and its cut tensors."""
+
+    def __init__(self, family: str, dtype: torch.dtype = torch.float32, tied: bool = False) -> None:
+        self.model, self.config = tiny_model(family, tied=tied).to(dtype), tiny_config(family, tied=tied).to_dict()
+        self.source = anatomy_of(self.config)
+        self.target = target_anatomy(self.source, FULL)
+        self.masks = {axis: mask.to(dtype) for axis, mask in random_masks(self.source, self.target, 0).items()}
+        self.reader, self.ids = MemoryReader(self.model.state_dict()), torch.arange(32).reshape(2, 16)
+        self.plan = plan_from_masks(self.source, self.target, self.masks)
+        self.good = self.cut(self.plan)
+        self.values = target_config(self.config, self.source, self.target, self.plan.layers)
+        if dtype == torch.float64:
+            wholly_double(self.model)
+        self.expected = masked_logits(self.model, self.source, self.masks, self.ids)
+
+    def cut(self, plan: PrunePlan) -> dict[str, torch.Tensor]:
+        return dict(transform(plan, self.source, self.target, self.reader))
+
+    def difference(self, state: dict[str, torch.Tensor]) -> Difference:
+        """Of a stock model with these tensors from the gated one."""
+        small = model_of(state, self.values, self.model.dtype)
+        if self.model.dtype == torch.float64:
+            wholly_double(small)
+        return compare_logits(small, self.expected, self.ids)
+
+    def worst(self, state: dict[str, torch.Tensor]) -> Any:
+        return worst_tensor(self.masks, self.source, self.target, self.reader, state)
+
+    def bent(self, axis: str, layer: int | None) -> PrunePlan:
+        """The plan with one index of one axis (in one layer) that is not the masks'."""
+
+        def other(kept: list[int]) -> list[int]:
+            dropped = [index for index in range(self.source.sizes[axis]) if index not in kept]
+            return sorted([*kept[1:], dropped[0]])
+
+        keep = {name: dict(kept) if isinstance(kept, dict) else kept for name, kept in self.plan.keep.items()}
+        if axis == "hidden":
+            keep["hidden"] = other(keep["hidden"])
+        elif axis == "query":
+            keep["query"][layer] = [other(keep["query"][layer][0]), *keep["query"][layer][1:]]
+        else:
+            keep[axis][layer] = other(keep[axis][layer])
+        return replace(self.plan, keep=keep)
+
+    def wrong_cuts(self) -> dict[tuple[str, str], dict[str, torch.Tensor]]:
+        """(tensor, axis) -> all tensors, of which this one is cut with one wrong index; every tensor, every axis it is cut on."""
+        cuts: dict[tuple[str, int | None], dict[str, torch.Tensor]] = {}
+        found = {}
+        for name, pattern in self.target.tensors().items():
+            number = re.search(r"layers\.(\d+)\.", name)
+            layer = self.plan.layers[int(number[1])] if number else None
+            for axis in {axis for dimension in parse_pattern(pattern) for axis in dimension} & {"hidden", "group", "query", "neuron"}:
+                where = (axis, None if axis == "hidden" else layer)
+                if where not in cuts:
+                    cuts[where] = self.cut(self.bent(*where))
+                found[name, axis] = {**self.good, name: cuts[where][name]}
+        return found
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_tensor_with_a_wrong_index_is_named(family: str, tied: bool) -> None:
+    """The cut by boolean masks agrees with the plan's in every tensor, and finds the one that the transform got wrong."""
+    case = Case(family, tied=tied)
+    assert case.worst(case.good) is None
+    wrong = case.wrong_cuts()
+    assert {name for name, _ in wrong} == {name for name in case.good if "q_norm" not in name and "k_norm" not in name}
+    for (name, _axis), state in wrong.items():
+        worst = case.worst(state)
+        assert worst.name == name and worst.max_abs_difference == float((state[name].double() - case.good[name].double()).abs().max())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_one_wrong_index_is_far_beyond_the_tolerance(dtype: torch.dtype, tolerance: float) -> None:
+    """In any tensor, on any axis; and without one the tolerance is kept."""
+    case = Case("qwen2", dtype)
+    require_equal(case.difference(case.good), tolerance)
+    for (name, axis), state in case.wrong_cuts().items():
+        assert case.difference(state).relative_difference > max(10 * tolerance, TOLERANCE), (name, axis)
+
+
+def test_a_layer_of_another_place_is_named() -> None:
+    case = Case("llama")
+    dropped = next(layer for layer in range(3) if layer not in case.plan.layers)
+    keep = {axis: {**kept, dropped: kept[case.plan.layers[1]]} if isinstance(kept, dict) else kept for axis, kept in case.plan.keep.items()}
+    for axis in ("group", "query", "neuron"):
+        del keep[axis][case.plan.layers[1]]
+    layers = sorted([case.plan.layers[0], dropped])
+    worst = case.worst(case.cut(replace(case.plan, keep={**keep, "layer": layers})))
+    assert worst is not None and worst.name.startswith("model.layers.") and 0 < worst.max_abs_difference < inf
+
+
+def test_what_else_a_tensor_can_be() -> None:
+    case = Case("mistral")
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def worst(change: torch.Tensor | None, **masks: torch.Tensor) -> tuple[str, float, str]:
+        state = {**case.good, name: change} if change is not None else {n: t for n, t in case.good.items() if n != name}
+        found = worst_tensor({**case.masks, **masks}, case.source, case.target, case.reader, state)
+        assert found is not None
+        return found.name, found.max_abs_difference, found.found
+
+    good = case.good[name]
+    assert worst(None) == (name, inf, "it is missing")
+    assert worst(good[:-1]) == (name, inf, f"it has shape {(good.shape[0] - 1, 36)} where {tuple(good.shape)} is due")
+    assert worst(torch.full_like(good, torch.nan))[:2] == (name, inf)
+    changed = good.clone()
+    changed[3, 4] += 0.5
+    assert worst(changed) == (name, pytest.approx(0.5, abs=1e-6), "0.116% of its values differ, by up to 0.5")
+    assert "masks leave only 1 layers" in worst(good, layer=torch.tensor([1.0, 0, 0]))[2]
+    assert case.worst({n: t.bfloat16() for n, t in case.good.items()}) is None  # cast, as an export may be
+    open_ = worst_tensor({}, case.source, case.source, case.reader, case.model.state_dict())
+    assert open_ is None
+
+
+def test_a_wrong_cut_is_not_published_and_its_tensor_is_named(tmp_path: Path) -> None:
+    """As the pruning stage does it: reloaded from disk, compared, refused."""
+    case = Case("llama")
+    (name, _), state = next(item for item in case.wrong_cuts().items() if "down_proj" in item[0][0])
+
+    def write(writer: ShardWriter) -> None:
+        for key, tensor in state.items():
+            writer.add(key, tensor)
+
+    def verify(cut: Any) -> None:
+        difference = compare_logits(cut, case.expected, case.ids)
+        require_equal(difference, detail=lambda: blame(case.masks, case.source, case.target, case.reader, cut.state_dict()))
+
+    with pytest.raises(NumericsError, match=rf"nothing was published\. The tensor.* is {re.escape(name)}: \d.*differ, by up to") as refused:
+        publish_model(write, case.values, lambda folder: None, tmp_path / "pruned", torch.float32, verify)
+    assert refused.value.exit_code == 4 and list(tmp_path.iterdir()) == []
+    state = case.good
+    publish_model(write, case.values, lambda folder: None, tmp_path / "pruned", torch.float32, verify)
+
+
+def test_the_detail_is_asked_for_only_when_needed() -> None:
+    def forbidden() -> str:
+        raise AssertionError("there is nothing to explain")
+
+    require_equal(Difference(1.0, 1e-6), detail=forbidden)
+    for detail in ("Because.", lambda: "Because."):
+        with pytest.raises(NumericsError, match=r"nothing was published\. Because\. This is a bug"):
+            require_equal(Difference(1.0, 1.0), detail=detail)
+    with pytest.raises(NumericsError, match=r"nothing was published\. This is a bug"):
+        require_equal(Difference(inf, float("nan")))
+    case = Case("qwen3")
+    assert "it is the gates that compute otherwise" in blame(case.masks, case.source, case.target, case.reader, case.good)

@@ -5,6 +5,7 @@ Nothing else in the house asks which family a model is of. A new decoder family 
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -198,7 +199,7 @@ def anatomy_of(config: Mapping[str, Any], where: str = "config.json") -> Anatomy
         filled["head_dim"] = config["hidden_size"] // heads
     fields = [*SIZE_FIELDS.values(), "num_attention_heads"]
     problems = [
-        Problem(field, repr(filled.get(field)), "This size must be a positive whole number; sizes that differ by layer are not supported.")
+        Problem(field, reprlib.repr(filled.get(field)), "It must be a positive whole number; sizes that differ by layer are not supported.")
         for field in fields
         if not _is_size(filled.get(field))
     ]

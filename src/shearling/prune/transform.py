@@ -36,4 +36,7 @@ def transform(plan: PrunePlan, source: Anatomy, target: Anatomy, reader: Reader)
             source_name = f"{prefix}{layer}.{rest}"
         whole = reader.get(source_name).detach()
         tensor = slice_tensor(whole, pattern, source.sizes, plan.keep_in(layer)).contiguous()
-        yield name, tensor.clone() if tensor.data_ptr() == whole.data_ptr() else tensor
+        if tensor.data_ptr() == whole.data_ptr():
+            tensor = tensor.clone()
+        del whole  # and with it the mapping of its file, before the next is opened
+        yield name, tensor
