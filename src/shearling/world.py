@@ -107,8 +107,11 @@ class World:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
-        """Work that the others wait for: where it takes longer than `timeout`, its stack is written out and the process ends."""
+        """Work that the others wait for: where it does not go on for `timeout`, its stack is written out and the process ends."""
         yield
+
+    def goes_on(self) -> None:
+        """Inside `watched`: a part of the work begins, which may take `timeout` again."""
 
 
 class Many(World):
@@ -132,7 +135,7 @@ class Many(World):
             group = PrefixStore("group", store)
             dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.size, timeout=span)
         self._decisions = 0
-        self._passed_on = False
+        self._passed_on = self._watching = False
         self._alive = threading.Event()
         self._beating = threading.Thread(target=self._beat, name="shearling-heartbeat", daemon=True)
 
@@ -252,11 +255,18 @@ class Many(World):
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """See `World`."""
-        faulthandler.dump_traceback_later(self.timeout, exit=True)
+        self._watching = True
+        self.goes_on()
         try:
             yield
         finally:
+            self._watching = False
             faulthandler.cancel_dump_traceback_later()
+
+    def goes_on(self) -> None:
+        """See `World`."""
+        if self._watching:
+            faulthandler.dump_traceback_later(self.timeout, exit=True)
 
     def _next(self) -> str:
         self._decisions += 1

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shearling.errors import ArtifactError, Problem
-from shearling.io.files import parse_json, read_json, remove_tree, replace_directory, safe_join, sha256_file, write_atomic
+from shearling.io.files import parse_json, read_json, remove_tree, replace_directory, safe_join, sha256_file, storage_errors, write_atomic
 from shearling.io.tensors import TensorReader, write_tensors
 from shearling.world import World
 
@@ -74,6 +74,8 @@ class Checkpoint:
             first, last = max(start, piece.start), min(end, piece.start + piece.rows)
             if first < last:
                 found.append(piece.reader.get(name)[first - piece.start : last - piece.start])
+        if not found:  # no rows are asked for
+            return self.pieces[name][0].reader.get(name)[:0]
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def whole(self, name: str) -> Tensor:
@@ -90,7 +92,7 @@ def write_part(staged: Path, rank: int, tensors: Mapping[str, Tensor]) -> dict[s
     """Write and flush the file of one process, its rows by name. Returns {"name", "bytes", "sha256"}."""
     path = staged / f"{_part(rank)}.safetensors"
     digest, size = write_tensors(path, tensors)
-    with open(path, "rb") as file:
+    with storage_errors(path, size), open(path, "rb") as file:
         os.fsync(file.fileno())
     return {"name": path.name, "bytes": size, "sha256": digest}
 

@@ -161,7 +161,8 @@ def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progre
                     "everything is saved. Run the same command to go on."
                 )
             if progress.unlogged is None:
-                progress.unlogged = _step(model, optimizer, config, around, progress, gates)
+                with world.watched():
+                    progress.unlogged = _step(model, optimizer, config, around, progress, gates)
             line = dict(progress.unlogged)
             if progress.step % config.evaluate_every == 0 or progress.step == config.steps:
                 try:
@@ -195,22 +196,21 @@ def _step(
     rows = own_rows(config.batch_size, config.microbatches, around.world)
     batch = around.loader.batch(around.step_offset + step, progress.weights, progress.cursors, rows)
     factor = cosine_with_warmup(step, config.steps, round(config.warmup * config.steps), config.final_learning_rate)
-    with around.world.watched():
-        result = train_step(
-            model,
-            torch.from_numpy(batch.ids).to(around.device),
-            batch.domains,
-            around.objective,
-            optimizer,
-            step=step,
-            microbatches=config.microbatches,
-            clip=config.clip,
-            rate=config.learning_rate * factor,
-            gates=gates,
-            world=around.world,
-            object_to=lambda loss, norm: objection(loss, norm, progress.recent, config.skip_spikes),
-            frees=frees_after_forward(around.runtime, around.device),
-        )
+    result = train_step(
+        model,
+        torch.from_numpy(batch.ids).to(around.device),
+        batch.domains,
+        around.objective,
+        optimizer,
+        step=step,
+        microbatches=config.microbatches,
+        clip=config.clip,
+        rate=config.learning_rate * factor,
+        gates=gates,
+        world=around.world,
+        object_to=lambda loss, norm: objection(loss, norm, progress.recent, config.skip_spikes),
+        frees=frees_after_forward(around.runtime, around.device),
+    )
     progress.step, progress.cursors = step, batch.cursors
     progress.tokens += result.tokens
     if result.skipped is None:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shearling.errors import ShearlingError, StorageError
+from shearling.errors import PeerError, ShearlingError, StorageError
 from shearling.io.files import TEMPORARY, remove_tree, storage_errors, sweep_temporary
 from shearling.train import checkpoint
 from shearling.train.parallel import local
@@ -57,7 +57,7 @@ class Saver:
         if background:
             rows = {name: tensor.to("cpu", copy=True) for name, tensor in rows.items()}
             work = (staged, step, rows, state, f"save/{self.folder.name}/{self._saves}")
-            self._thread = threading.Thread(target=self._write, args=work, name="shearling-saver")
+            self._thread = threading.Thread(target=self._write, args=work, name="shearling-saver", daemon=True)
             self._thread.start()
         else:
             self._write(staged, step, rows, state, f"save/{self.folder.name}/{self._saves}")
@@ -87,8 +87,12 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is None:
             self.settle()
-        elif self._thread is not None:
+        elif self._thread is not None and not self._left_alone(error):
             self._thread.join()
+
+    def _left_alone(self, error: BaseException | None) -> bool:
+        """Whether another process may be gone, so that the thread would wait for it."""
+        return self.world.size > 1 and (isinstance(error, PeerError) or not isinstance(error, ShearlingError))
 
     def _failed(self, error: ShearlingError) -> None:
         self._failures += 1

@@ -89,18 +89,20 @@ def train_step(
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = own_microbatches(microbatches, world)
     sums = GradientSums(weights, list(gates.parameters()) if gates is not None else [], microbatches, world)
-    losses_R = torch.zeros(sequences, dtype=torch.float64)
-    rows = own_rows(sequences, microbatches, world)
+    losses: list[Tensor] = []
     chunks = ids_BT.chunk(len(own))
     for position, (number, chunk) in enumerate(zip(own, chunks, strict=True)):
+        last = position == len(own) - 1
+        world.goes_on()
         if gates is not None:
             gates.draw(step, number)
-        before_backward(model, position == len(own) - 1, frees)
+        before_backward(model, last, frees)
         found = objective(model, chunk)
         (found.sum() / (sequences * predicted)).backward()  # type: ignore[no-untyped-call]
-        sums.add(position == len(own) - 1)
-        here = slice(position * len(chunk), (position + 1) * len(chunk))
-        losses_R[rows[here]] = found.detach().sum(1).div(predicted).double().cpu()
+        sums.add(last)
+        losses.append(found.detach().sum(1) / predicted)
+    losses_R = torch.zeros(sequences, dtype=torch.float64)
+    losses_R[own_rows(sequences, microbatches, world)] = torch.cat(losses).double().cpu()
     # What all processes decide by, in one exchange: every sequence's loss (zero on the others), the square of the gradient's norm.
     shared = world.sum_(torch.cat([losses_R, squared_norm(weights).cpu()[None]]))
     sequence_losses, norm = shared[:-1].numpy(), float(shared[-1].sqrt().float())
