@@ -19,6 +19,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+TARGET = {"hidden_size": 432, "num_hidden_layers": 24, "intermediate_size": 1024, "num_attention_heads": 6, "num_key_value_heads": 3}
 WORDS = "the of and to in is that it was for on are as with his they at be this from have or by one had not but what all were".split()
 
 
@@ -32,13 +33,7 @@ def recipe(options: argparse.Namespace, folder: Path) -> Path:
     fit = {"batch_size": options.sequences, "microbatches": options.processes, "steps": options.steps, "evaluate_every": options.steps}
     values: dict[str, Any] = {
         "source": str(Path(options.source).resolve()),
-        "target": {
-            "hidden_size": 432,
-            "num_hidden_layers": 24,
-            "intermediate_size": 1024,
-            "num_attention_heads": 6,
-            "num_key_value_heads": 3,
-        },
+        "target": TARGET,
         "data": {"domains": {"words": str(folder / "text.jsonl")}, "sequence_length": options.length, "heldout_sequences": 2},
         "prune": {**fit, "gates": {"calibration_sequences": 2}},
         "train": fit,

@@ -56,6 +56,29 @@ def draw_batch(tokens, n, seed, step, weights, cursors):
     return torch.from_numpy(ids), cursors + np.bincount(domain_of, minlength=len(cursors))
 
 
+def take_gradients(model, gates, ids, microbatches, limit):
+    """Mean loss of a step's sequences `ids` [R, T]; its gradients are then in `.grad`, those of the weights clipped to the norm `limit`.
+
+    Gradients are added within each pair of microbatches, then over the pairs: two processes that have one of each pair come to
+    the same bits.
+    """
+    weights, losses = list(model.parameters()), []
+    sums = [0.0] * len(weights + gates)
+    for number, chunk in enumerate(ids.chunk(microbatches), 1):
+        losses.append(token_losses(model, chunk))
+        (losses[-1].sum() / ids[:, 1:].numel()).backward()
+        if number % 2 == 0 or number == microbatches:
+            for i, parameter in enumerate(weights + gates):
+                sums[i], parameter.grad = sums[i] + parameter.grad, None
+    for parameter, gradient in zip(weights + gates, sums, strict=True):
+        parameter.grad = gradient
+    norm = torch.stack([w.grad.norm(dtype=torch.float64).square() for w in weights]).sum().sqrt().float().item()
+    if norm > limit:
+        for w in weights:
+            w.grad.mul_(limit / norm)
+    return torch.cat(losses).mean(1).double().mean().item()
+
+
 def shear(source_dir, data_dir, target, *, prune, train, mixture, shares=None, eval_batch=8, seed=17, out=None) -> list[float]:
     """Shear a Hugging Face directory to `target` (sizes by config field) on what `shearling prepare` made; the loss of every step.
 
@@ -153,11 +176,7 @@ def shear(source_dir, data_dir, target, *, prune, train, mixture, shares=None, e
         schedule["settled"] = min(1.0, max(0.0, 5.0 * step / steps - 4.0))  # 0 until the last fifth of the steps, 1 at the end
         schedule["temperature"] = rule["temperature"] * (rule["final_temperature"] / rule["temperature"]) ** (step / steps)
         ids, cursors = draw_batch(tokens, prune["batch_size"], seed, step, weights, cursors)
-        losses = []
-        for chunk in ids.chunk(prune["microbatches"]):
-            losses.append(token_losses(model, chunk))
-            (losses[-1].sum() / ids[:, 1:].numel()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), prune["clip"])  # the gates' gradients are not clipped
+        history.append(take_gradients(model, list(log_alpha.values()), ids, prune["microbatches"], prune["clip"]))
         cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
         floor = prune["final_learning_rate"]
         optimizer.param_groups[0]["lr"] = prune["learning_rate"] * (step / warmup if step <= warmup else floor + (1 - floor) * cosine)
@@ -174,7 +193,6 @@ def shear(source_dir, data_dir, target, *, prune, train, mixture, shares=None, e
                 update = first[axis] / (1 - 0.9**step) / ((second[axis] / (1 - 0.95**step)).sqrt() + 1e-12)
                 alpha.add_(update, alpha=-rate)
                 alpha.grad = None
-        history.append(torch.cat(losses).mean(1).double().mean().item())
         print(f"prune {step} {history[-1]:.6f}")
         # Dynamic batch loading (section 2.2, algorithm 1): a domain whose loss is above its reference gets more of what follows. A
         # part `smoothing` is shared out evenly (DoReMi, arXiv 2305.10429), as in the paper's code, so that no domain dies out.
@@ -227,16 +245,11 @@ def shear(source_dir, data_dir, target, *, prune, train, mixture, shares=None, e
     for step in range(train["steps"] + 1):
         if step:
             ids, cursors = draw_batch(tokens, train["batch_size"], seed, steps + step, weights, cursors)
-            losses = []
-            for chunk in ids.chunk(train["microbatches"]):
-                losses.append(token_losses(cut, chunk))
-                (losses[-1].sum() / ids[:, 1:].numel()).backward()
-            torch.nn.utils.clip_grad_norm_(cut.parameters(), train["clip"])
+            history.append(take_gradients(cut, [], ids, train["microbatches"], train["clip"]))
             cosine = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, train["steps"] - warmup)))
             optimizer.param_groups[0]["lr"] = train["learning_rate"] * (step / warmup if step <= warmup else floor + (1 - floor) * cosine)
             optimizer.step()
             optimizer.zero_grad()
-            history.append(torch.cat(losses).mean(1).double().mean().item())
             print(f"train {step} {history[-1]:.6f}")
         if step % train["evaluate_every"] == 0 or step == train["steps"]:
             excess = np.maximum(heldout_losses(cut, tokens, eval_batch) - reference, 0.0)

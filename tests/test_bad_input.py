@@ -16,6 +16,7 @@ from models import save_tiny_source, tiny_tokenizer
 from runs import command, contents, recipe_values, write_text
 from shearling import cli
 from shearling.io.files import RunLock
+from shearling.train import loop
 
 FINAL = ("data", "pruned", "model", "plan.json", "report.json", "report.html", "metrics.jsonl")
 
@@ -255,3 +256,13 @@ def test_a_full_disk(good: dict[str, Any], tmp_path: Path, limit: int, leaves: s
     assert {path.name for path in out.iterdir()} & (set(FINAL) - {"metrics.jsonl"}) == leaves
     assert not list(tmp_path.rglob(".tmp-*"))
     assert command(["run", str(recipe), "--out", str(out)], stderr) == 0, stderr.read_text()
+
+
+def test_memory_that_runs_out(run: Command, good: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch says it on a CPU; what was finished stays."""
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        torch.empty(2**60, dtype=torch.uint8)
+
+    monkeypatch.setattr(loop, "train_step", step)
+    run.refused(good, 2, "out of memory in the stage prune", "microbatches", "activation_checkpointing", leaves=("data", "metrics.jsonl"))

@@ -9,15 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import shearling
-from models import save_tiny_source
+from models import save_tiny_source, tiny_model
 from runs import metrics, recipe_values, write_text
 from shearling.prune.config import GateConfig
 from shearling.recipe import load_recipe
+from shearling.train.step import train_step
 
 EXAMPLE = str(Path(__file__).parents[1] / "examples" / "flat_loop.py")
 STEPS = {"prune": 12, "train": 10}
@@ -59,7 +61,14 @@ def run_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
                 {"a": {"train": text["a"], "weight": 2.0}, "b": {"train": text["b"], "weight": 1.0}},
                 target=case["target"],
                 mixture={"update": "paper", "reference": case["reference"], "smoothing": 0.05, "step_size": 0.5},
-                prune={"steps": STEPS["prune"], "learning_rate": rate, "weight_decay": 0.1, "warmup": 0.2, "gates": GATES},
+                prune={
+                    "steps": STEPS["prune"],
+                    "microbatches": 4,
+                    "learning_rate": rate,
+                    "weight_decay": 0.1,
+                    "warmup": 0.2,
+                    "gates": GATES,
+                },
                 train={"steps": STEPS["train"], "learning_rate": rate, "microbatches": 2, "warmup": 0.1},
                 evaluate={"speed": False, "batch_size": 3},
                 runtime={"precision": "float32", "threads": 1},
@@ -97,6 +106,25 @@ def test_the_flat_loop_gives_the_losses_of_a_run(family: str, run_of: Callable[[
     for stage in STEPS:
         shares = [line["weights"]["a"] for line in lines if line["stage"] == stage and line["step"]]
         assert abs(shares[0] - shares[-1]) > 0.01, "this run does not try the mixture"
+
+
+@pytest.mark.parametrize("microbatches", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("clip", [0.5, 1e9])
+def test_the_flat_loop_takes_gradients_to_the_same_bits(microbatches: int, clip: float) -> None:
+    """In the order in which they are added, and in what clipping multiplies them by."""
+    flat, model, twin = runpy.run_path(EXAMPLE), tiny_model("llama", layers=2), tiny_model("llama", layers=2)
+    ids = torch.randint(0, 96, (12, 16), generator=torch.Generator().manual_seed(0))
+    found: list[torch.Tensor] = []
+
+    class Capture(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+            found.extend(p.grad.clone() for p in model.parameters())
+
+    options: dict[str, Any] = {"step": 1, "microbatches": microbatches, "clip": clip, "rate": 0.1}
+    result = train_step(model, ids, np.zeros(12, np.int64), flat["token_losses"], Capture(model.parameters(), lr=0.1), **options)
+    loss = flat["take_gradients"](twin, [], ids, microbatches, clip)
+    assert loss == pytest.approx(result.loss, rel=1e-7) and 0.5 < result.gradient_norm < 1e9
+    assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(twin.parameters(), found, strict=True))
 
 
 def test_the_command_does_a_run_again(

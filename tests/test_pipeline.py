@@ -328,3 +328,23 @@ def test_the_mixture_follows_its_rule(update: str, values: dict[str, Any], tmp_p
             weights = moved(line)
     heldout = [line["heldout"] for line in lines if "heldout" in line]
     assert min(line["a"] for line in heldout) < reference["a"] and min(line["b"] for line in heldout) > reference["b"]
+
+
+def test_a_speed_that_cannot_be_measured_ends_no_run(finished: Path, values: dict[str, Any], tmp_path: Path) -> None:
+    out, told = tmp_path / "run", Notes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("shearling.stages.measure_speed", lambda *args, **kwargs: 1 / 0)
+        report = shearling.run(values, out, show=told)
+    assert "ZeroDivisionError" in report["speed_error"] and "speed" not in report
+    assert sum("speed could not be measured" in note for note in told.notes) == 1
+    same_result(out, finished)
+
+
+class Notes(Silent):
+    """Keeps what the user should read."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

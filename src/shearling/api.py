@@ -305,4 +305,4 @@ def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> d
         values["loss"] |= found["train"]["loss"]
         values["epochs"] = found["train"]["epochs"]
     measured = found.get("evaluate", {})
-    return values | {key: measured[key] for key in ("speed", "speed_dtype", "speed_device") if key in measured}
+    return values | {key: measured[key] for key in ("speed", "speed_dtype", "speed_device", "speed_error") if key in measured}

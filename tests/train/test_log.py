@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
 
 from shearling.errors import ArtifactError, StorageError
-from shearling.train.log import RunLog, read_metrics
+from shearling.train.log import NoLog, RunLog, read_metrics
 
 
 def write(run: Path, stage: str, steps: range, after_step: int = 0, offset: int = 0) -> None:
@@ -111,3 +114,60 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         RunLog(tmp_path / "file" / "run", "prune")
+
+
+def test_a_line_that_cannot_be_written_is_told_when_asked(tmp_path: Path) -> None:
+    """Not before, so that all processes of a run can end together; until then nothing more is written, in TensorBoard neither."""
+    with RunLog(tmp_path, "train") as log:
+        log.step({"step": 1, "loss": 1.0})
+        log.check()
+        whole = log._file
+        with contextlib.suppress(OSError), open("/dev/full", "a", encoding="utf-8") as full:
+            log._file = full
+            log.step({"step": 2, "loss": 2.0})
+        assert log.failed
+        log._file = whole  # there is space again
+        log.step({"step": 3, "loss": 3.0})
+        for _ in range(2):
+            with pytest.raises(StorageError, match=r"metrics\.jsonl: cannot write: the disk is full") as caught:
+                log.check()
+        assert caught.value.exit_code == 6
+    assert steps(tmp_path) == [("train", 1)]
+    assert [event.step for event in EventAccumulator(str(tmp_path / "events")).Reload().Scalars("loss")] == [1]
+    write(tmp_path, "train", range(2, 4), after_step=1)
+    assert steps(tmp_path) == [("train", 1), ("train", 2), ("train", 3)]
+
+
+@pytest.mark.parametrize("fails", ["__init__", "add_scalar", "close"])
+def test_without_tensorboard_the_log_goes_on(fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of the writer's calls may fail; it is told once, with what failed, and not called again."""
+    calls: list[str] = []
+
+    def fail(self: SummaryWriter, *args: Any, **kwargs: Any) -> None:
+        calls.append(fails)
+        raise ValueError("no\n  events" + "!" * 500)
+
+    monkeypatch.setattr(SummaryWriter, fails, fail)
+    told: list[str] = []
+    with RunLog(tmp_path, "train", warn=told.append) as log:
+        for step in (1, 2, 3):
+            log.step({"step": step, "loss": 1.0})
+    assert steps(tmp_path) == [("train", 1), ("train", 2), ("train", 3)] and len(calls) == 1
+    assert len(told) == 1 and "(ValueError: no events!!!" in told[0] and len(told[0]) < 320
+    if fails == "close":
+        monkeypatch.undo()
+        log._events.close()
+
+
+def test_without_a_listener_it_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "events").write_text("in the way")
+    with pytest.warns(UserWarning, match="TensorBoard's files cannot be written"):
+        write(tmp_path, "train", range(3))
+    assert steps(tmp_path) == [("train", 0), ("train", 1), ("train", 2)]
+
+
+def test_a_process_that_keeps_no_log_can_be_asked_all_the_same() -> None:
+    with NoLog() as log:
+        log.step({"step": 1})
+        log.check()
+        assert log.failed is False

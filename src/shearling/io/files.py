@@ -40,6 +40,7 @@ _STORAGE = {
     errno.ENOSPC: "the disk is full; free space there or choose another place",
     errno.EDQUOT: "the disk quota is used up; free space there or choose another place",
     errno.EFBIG: "the file would be larger than is allowed here; raise the limit (ulimit -f) or choose another place",
+    errno.EIO: "the disk failed to write; choose another place",
     errno.EROFS: "the file system is read-only; choose another place",
     errno.EACCES: "permission denied; choose a place that you may write to",
     errno.EPERM: "permission denied; choose a place that you may write to",

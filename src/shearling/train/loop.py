@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shearling.data.loader import Batch, Loader
 from shearling.errors import NumericsError, Stopped
+from shearling.io.files import sweep_temporary
 from shearling.objectives.lm import Objective
 from shearling.schedules import cosine_with_warmup
 from shearling.train import checkpoint
@@ -140,9 +141,9 @@ def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progre
         world.everywhere(lambda: _log(around, logged)) as log,
     ):
 
-        def save(background: bool = False) -> None:
+        def save(**how: bool) -> None:
             tensors, scalars = pack(model, optimizer, gates)
-            saver.save(progress.step, tensors, {"progress": progress.to_json(), "optimizer": scalars}, background=background)
+            saver.save(progress.step, tensors, {"progress": progress.to_json(), "optimizer": scalars}, **how)
 
         if logged == 0:
             if around.reweigh_first and restored is None:
@@ -173,9 +174,11 @@ def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progre
             progress.unlogged = None
             log.step(line)
             around.show(progress.step, config.steps, line)
-            _refuse_bad_steps(progress, config, around, line)
+            if "skipped" in line:
+                saver.settle()  # so that the newest checkpoint is there to be named
+                _refuse_bad_steps(progress, config, around, line)
             if runtime.save_every and progress.step % runtime.save_every == 0 and progress.step < config.steps:
-                save(background=runtime.async_save)
+                save(background=runtime.async_save, may_fail=True)
         world.rank0_decides(log.check)
         if runtime.save_every and found_at < config.steps:
             save()
@@ -238,8 +241,7 @@ def _evaluate(model: nn.Module, around: Surroundings, progress: Progress, gates:
 
 
 def _refuse_bad_steps(progress: Progress, config: FitConfig, around: Surroundings, line: Mapping[str, Any]) -> None:
-    if "skipped" in line:
-        around.note(f"step {progress.step} of {around.stage} was skipped: {line['skipped']}; its samples are in metrics.jsonl")
+    around.note(f"step {progress.step} of {around.stage} was skipped: {line['skipped']}; its samples are in metrics.jsonl")
     if progress.bad_steps >= config.max_bad_steps:
         found = list(checkpoint.steps(around.checkpoints).values())
         kept = f"The last good checkpoint is {found[-1]}" if found else "There is no checkpoint of this stage"
@@ -276,6 +278,7 @@ def _samples(batch: Batch, domains: list[str]) -> dict[str, str]:
 
 
 def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, around: Surroundings, gates: LearnedGates | None) -> Progress | None:
+    around.world.rank0_decides(lambda: len(sweep_temporary(around.checkpoints)))  # brings back what a kill left aside
     found = checkpoint.load(around.checkpoints, world=around.world)
     if found is None:
         return None

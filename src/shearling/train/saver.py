@@ -6,6 +6,7 @@ process 0 waits for all of them, publishes, and tells how it went. Threads speak
 
 from __future__ import annotations
 
+import contextlib
 import secrets
 import threading
 import time
@@ -36,11 +37,14 @@ class Saver:
         self._failures = 0
         self._saves = 0
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, background: bool = False) -> None:
+    def save(
+        self, step: int, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, background: bool = False, may_fail: bool = False
+    ) -> None:
         """Save the checkpoint of `step`: `tensors` as they are now, sharded or whole (then of process 0), `state` as JSON. A collective.
 
-        Raises `StorageError` where it cannot be written; earlier checkpoints are then as they were. In the background, the first such
-        failure is a warning, which `settle` or the next save gives, and a second one in a row raises.
+        Raises `StorageError` where it cannot be written; earlier checkpoints are then as they were. With `may_fail`, as always in the
+        background, the first such failure is a warning (in the background given by `settle` or the next save), and a second one in a
+        row raises.
         """
         began = time.perf_counter()
         self.settle()
@@ -48,7 +52,7 @@ class Saver:
         try:
             staged = Path(self.world.rank0_decides(lambda: str(self._stage(step))))
         except StorageError as error:
-            if not background:
+            if not (background or may_fail):
                 raise
             self._failed(error)
             return
@@ -61,7 +65,7 @@ class Saver:
             self._thread.start()
         else:
             self._write(staged, step, rows, state, f"save/{self.folder.name}/{self._saves}")
-            opened(self._outcome)
+            self._look(may_fail)
         self.stall_seconds = time.perf_counter() - began
 
     @property
@@ -75,11 +79,7 @@ class Saver:
             return
         self._thread.join()
         self._thread = None
-        try:
-            opened(self._outcome)
-            self._failures = 0
-        except ShearlingError as error:
-            self._failed(error)
+        self._look(may_fail=True)
 
     def __enter__(self) -> Saver:
         return self
@@ -93,6 +93,16 @@ class Saver:
     def _left_alone(self, error: BaseException | None) -> bool:
         """Whether another process may be gone, so that the thread would wait for it."""
         return self.world.size > 1 and (isinstance(error, PeerError) or not isinstance(error, ShearlingError))
+
+    def _look(self, may_fail: bool) -> None:
+        """How the last save went."""
+        try:
+            opened(self._outcome)
+            self._failures = 0
+        except StorageError as error:
+            if not may_fail:
+                raise
+            self._failed(error)
 
     def _failed(self, error: ShearlingError) -> None:
         self._failures += 1
@@ -127,10 +137,10 @@ class Saver:
 
     def _publish(self, staged: Path, step: int, state: Mapping[str, Any], key: str) -> dict[str, Any]:
         try:
-            parts = [opened(self.world.read(f"{key}/{rank}", rank)) for rank in range(self.world.size)]
-            checkpoint.publish(staged, step, parts, state, self.keep)
+            notes = [self.world.read(f"{key}/{rank}", rank) for rank in range(self.world.size)]  # of all: then none is writing any more
+            checkpoint.publish(staged, step, [opened(note) for note in notes], state, self.keep)
             return sealed(None)
         except Exception as error:
-            if staged.exists():
+            with contextlib.suppress(OSError):  # the next save sweeps; the others wait for what is returned here
                 remove_tree(staged)
             return sealed(None, error)
