@@ -56,7 +56,7 @@ class Steps:
         blocks = self.anatomy.family.anchors.layers
         self.model = parallelize(source.load_model(), blocks, RuntimeConfig(compile=gpu), self.device, None).train()
         self.config = TrainConfig(batch_size=args.sequences, microbatches=1, learning_rate=1e-5)
-        self.objective = in_precision(token_losses, self.device, "bfloat16")
+        self.objective = in_precision(token_losses, self.device, RuntimeConfig())
         self.optimizer = build_optimizer(self.model, self.config)
         self.args, self.number = args, 0
 

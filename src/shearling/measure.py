@@ -25,7 +25,7 @@ def measure_model(source: Source, data: Path, *, batch_size: int, speed: bool, p
         raise ArtifactError(f"{data}: prepared for another model", [Problem("data", wrong, remedy)])
     runtime = parse(RuntimeConfig, {"device": device, "precision": precision}, "evaluate")
     place = choose_device(runtime)
-    objective = in_precision(token_losses, place, runtime.precision)
+    objective = in_precision(token_losses, place, runtime)
     model = source.load_model().to(place)
     heldout = {domain: tokens.sequences(domain, "heldout") for domain in tokens.domains}
     losses = heldout_losses(model, heldout, objective, batch_size=batch_size, device=place)

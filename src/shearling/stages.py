@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -46,7 +47,7 @@ from shearling.train.loop import Losses, Progress, Surroundings, fit
 from shearling.train.optim import choose_device, in_precision
 from shearling.train.parallel import make_mesh, parallelize, whole_weights
 from shearling.train.stop import signal_name
-from shearling.world import World
+from shearling.world import World, told
 
 _VERIFY_SEQUENCES = 2
 """Sequences on which masked and cut model are compared."""
@@ -88,10 +89,11 @@ class Context:
     @cached_property
     def objective(self) -> Callable[[nn.Module, Tensor], Tensor]:
         """Cross-entropy in the recipe's precision."""
-        return in_precision(token_losses, self.device, self.recipe.runtime.precision)
+        return in_precision(token_losses, self.device, self.recipe.runtime)
 
     def place(self, load: Callable[[], nn.Module]) -> nn.Module:
         """The model that `load` gives on the CPU, set up on this run's device and processes; the processes of a machine load in turns."""
+        gc.collect()  # the model of the stage before lies in cycles
         runtime, blocks, device, mesh = self.recipe.runtime, self.source.anatomy.family.anchors.layers, self.device, self.mesh
         return self.world.in_turns(lambda: parallelize(load(), blocks, runtime, device, mesh))
 
@@ -115,7 +117,7 @@ class Context:
 
     def _stop(self, number: int) -> None:
         if number:
-            raise Stopped(f"stopped by {signal_name(number)}; finished stages are kept. Run the same command to go on.")
+            raise told(Stopped(f"stopped by {signal_name(number)}; finished stages are kept. Run the same command to go on."))
 
 
 @contextmanager

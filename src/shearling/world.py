@@ -17,6 +17,7 @@ import faulthandler
 import json
 import os
 import re
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+E = TypeVar("E", bound=Exception)
 _BEAT_SECONDS = 2.0
 _POLL_SECONDS = 0.01, 0.5
 _LEAVING_SECONDS = 10.0
@@ -130,9 +132,10 @@ class Many(World):
         span = timedelta(seconds=timeout)
         with _peer_errors(timeout):
             store, _, _ = next(iter(rendezvous("env://", self.rank, self.size, timeout=span)))
-            self._board = PrefixStore("shearling", store)
+            session = _session(store, self.rank, self.size, timeout)
+            self._board = PrefixStore(f"shearling/{session}", store)
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-            group = PrefixStore("group", store)
+            group = PrefixStore(f"group/{session}", store)
             dist.init_process_group(backend, store=group, rank=self.rank, world_size=self.size, timeout=span)
         self._decisions = 0
         self._passed_on = self._watching = False
@@ -146,13 +149,16 @@ class Many(World):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         import torch.distributed as dist
 
-        if error is None or (isinstance(error, ShearlingError) and not isinstance(error, PeerError)):
-            with contextlib.suppress(Exception):  # the board may lie in process 0, which must not end before all have read it
-                self.post(f"left/{self.rank}", True)
-                for rank in range(self.size):
-                    self.read(f"left/{rank}", rank, patience=_LEAVING_SECONDS)
-            dist.destroy_process_group()
         self._alive.set()
+        self._beating.join()
+        if error is None or (isinstance(error, ShearlingError) and not isinstance(error, PeerError)):
+            dist.destroy_process_group()
+            with contextlib.suppress(Exception):  # the board may lie in process 0, which therefore leaves last
+                if self.first:
+                    for rank in range(1, self.size):
+                        self.read(f"left/{rank}", rank, patience=_LEAVING_SECONDS)
+                else:
+                    self.post(f"left/{self.rank}", True)
         if isinstance(error, RuntimeError) and not isinstance(error, ShearlingError) and _LOST.search(str(error)):
             raise _lost(self.timeout, error) from error
 
@@ -216,7 +222,7 @@ class Many(World):
         outcome, error = _attempt(work)
         self.post(key, sealed(outcome, error))
         if error is not None:
-            raise _told(error)
+            raise told(error)
         plain: T = json.loads(json.dumps(outcome))  # as the others get it
         return plain
 
@@ -227,7 +233,7 @@ class Many(World):
         self.post(f"{key}/{self.rank}", sealed(None, error))
         for rank in range(self.size):
             if rank == self.rank and error is not None:
-                raise _told(error)
+                raise told(error)
             opened(self.read(f"{key}/{rank}", rank))
         return outcome  # type: ignore[return-value]
 
@@ -276,8 +282,10 @@ class Many(World):
         number = 0
         while not self._alive.wait(_BEAT_SECONDS):
             number += 1
-            with contextlib.suppress(Exception):  # who holds the board is gone; the main thread will see it
+            try:
                 self._board.set(f"beat/{self.rank}", str(number))
+            except Exception:  # who holds the board is gone; the main thread will see it
+                return
 
 
 def join(device: str = "cpu", timeout: float = 600.0) -> World:
@@ -297,6 +305,34 @@ def join(device: str = "cpu", timeout: float = 600.0) -> World:
     import torch
 
     return Many(timeout, device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
+
+
+def _session(store: Any, rank: int, size: int, timeout: float) -> str:
+    """A name that the processes which are there now share, and no earlier ones had.
+
+    torchrun may keep one store over restarts, with all that was posted in it: process 0's decision of an earlier try would be read as
+    of this one. So each process greets with a word of its own, process 0 answers with that word and its own, and the answer is
+    acknowledged; process 0's word is the name.
+    """
+    own, end = secrets.token_hex(8), time.monotonic() + timeout
+    store.set(f"hello/{rank}", own)
+    missing = set(range(1, size)) if rank == 0 else {rank}
+    while missing:
+        for other in sorted(missing):
+            if rank == 0:
+                if store.check([f"hello/{other}"]):
+                    store.set(f"welcome/{other}", json.dumps([store.get(f"hello/{other}").decode(), own]))
+                if store.check([f"heard/{other}"]) and store.get(f"heard/{other}").decode() == own:
+                    missing.discard(other)
+            elif store.check([f"welcome/{rank}"]):
+                hello, name = json.loads(store.get(f"welcome/{rank}"))
+                if hello == own:
+                    store.set(f"heard/{rank}", name)
+                    return str(name)
+        if time.monotonic() > end:
+            raise RuntimeError(f"processes {sorted(missing)} of {size} did not come")
+        time.sleep(_POLL_SECONDS[0])
+    return own
 
 
 def launched_rank() -> int:
@@ -338,10 +374,10 @@ def opened(envelope: dict[str, Any]) -> Any:
         error = kind(envelope["text"], [Problem(*problem) for problem in envelope["problems"]])
     else:
         error = kind(envelope["text"])
-    raise _told(error)
+    raise told(error)
 
 
-def _told(error: Exception) -> Exception:
+def told(error: E) -> E:
     """Mark an error that every process raises, so that it is printed once."""
     if isinstance(error, ShearlingError):
         error.told = True

@@ -27,7 +27,7 @@ from shearling.train.saver import Saver
 from shearling.train.state import pack, unpack
 from shearling.train.step import GateTraining, StepResult, own_rows, train_step
 from shearling.train.stop import signal_name
-from shearling.world import World
+from shearling.world import World, told
 
 Losses = dict[str, float]
 
@@ -157,9 +157,11 @@ def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progre
                 saver.settle()
             elif asked:
                 save()
-                raise Stopped(
-                    f"stopped by {signal_name(asked)} after step {progress.step} of {config.steps} of {around.stage}; "
-                    "everything is saved. Run the same command to go on."
+                raise told(
+                    Stopped(
+                        f"stopped by {signal_name(asked)} after step {progress.step} of {config.steps} of {around.stage}; "
+                        "everything is saved. Run the same command to go on."
+                    )
                 )
             if progress.unlogged is None:
                 with world.watched():
@@ -245,9 +247,11 @@ def _refuse_bad_steps(progress: Progress, config: FitConfig, around: Surrounding
     if progress.bad_steps >= config.max_bad_steps:
         found = list(checkpoint.steps(around.checkpoints).values())
         kept = f"The last good checkpoint is {found[-1]}" if found else "There is no checkpoint of this stage"
-        raise NumericsError(
-            f"{progress.bad_steps} steps in a row up to step {progress.step} of {around.stage} were bad ({line['skipped']}); none of them "
-            f"changed the model. {kept}; metrics.jsonl names their samples. Lower the learning rate, or look at these samples."
+        raise told(
+            NumericsError(
+                f"{progress.bad_steps} steps in a row up to step {progress.step} of {around.stage} were bad ({line['skipped']}); none "
+                f"of them changed the model. {kept}; metrics.jsonl names their samples. Lower the learning rate, or look at these samples."
+            )
         )
 
 

@@ -51,11 +51,16 @@ def build_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.AdamW:
     )
 
 
-def in_precision(objective: Objective, device: torch.device, precision: str) -> Objective:
-    """The same objective, computed under autocast where `precision` asks for less than float32."""
+def in_precision(objective: Objective, device: torch.device, runtime: RuntimeConfig) -> Objective:
+    """The same objective, computed under autocast where the recipe asks for less than float32.
+
+    Autocast keeps its low-precision copies of all weights until the end of the forward pass; with activation checkpointing, which is
+    asked for to save memory, it makes them anew.
+    """
 
     def context() -> AbstractContextManager[object]:
-        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+        reduced, keep = runtime.precision == "bfloat16", not runtime.activation_checkpointing
+        return torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced, cache_enabled=keep)
 
     def computed(model: nn.Module, ids_BT: Tensor) -> Tensor:
         with context():

@@ -34,7 +34,8 @@ def parallelize(model: nn.Module, blocks: str, runtime: RuntimeConfig, device: t
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0  # type: ignore[assignment]
     if runtime.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # its name before 5.23
+        enable({"use_reentrant": False})  # type: ignore[operator]
     layers = cast("nn.ModuleList", model.get_submodule(blocks))
     if runtime.compile:
         for layer in layers:
