@@ -76,7 +76,7 @@ def make_recipe(options: argparse.Namespace, folder: Path) -> Path:
         "source": str(source),
         "target": target,
         "data": {"domains": {"words": str(folder / "text.jsonl")}, "sequence_length": options.length, "heldout_sequences": 2},
-        "prune": {**fit, "gates": {"start": "random"}},
+        "prune": {**fit, "scores": "random"},
         "train": fit,
         "evaluate": {"speed": False, "batch_size": 1},
         "runtime": {"save_every": None, "device": "cpu", "threads": 1},

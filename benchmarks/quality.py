@@ -21,12 +21,12 @@ RECIPE = Path(__file__).parent.parent / "recipes" / "smollm2-65m.yaml"
 
 def overrides(method: str, recipe: shearling.Recipe) -> list[str]:
     """What turns the recipe into this method at equal tokens."""
-    if method == "sheared":
+    if method == recipe.prune.method:
         return []
     steps = recipe.train.steps + recipe.prune.steps * recipe.prune.batch_size // recipe.train.batch_size
-    if method == "random":  # no sequences go into a score
+    if method in ("random", "magnitude"):  # no sequences go into a score
         steps += recipe.prune.gates.calibration_sequences // recipe.train.batch_size
-    return ["prune.steps=0", f"prune.gates.start={method}", f"train.steps={steps}"]
+    return [f"prune.method={method}", "prune.steps=0", f"train.steps={steps}"]
 
 
 def main() -> None:
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--seeds", default="17")
-    parser.add_argument("--methods", default="sheared,taylor,random")
+    parser.add_argument("--methods", default="sheared-llama,taylor,random")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     args = parser.parse_args()
     common = [f"source={args.source}", f"data.root={args.text.absolute()}", *args.set]
@@ -55,7 +55,7 @@ def main() -> None:
         final = [row["mean"] for row in found]
         spread = f" (from {min(final):.3f} to {max(final):.3f})" if len(final) > 1 else ""
         cut = statistics.mean(row["cut"] for row in found)
-        print(f"{method:8s} {found[0]['tokens']:,} tokens: {cut:.3f} after the cut, {statistics.mean(final):.3f}{spread} at the end")
+        print(f"{method:14s} {found[0]['tokens']:,} tokens: {cut:.3f} after the cut, {statistics.mean(final):.3f}{spread} at the end")
     (args.out / "quality.json").write_text(json.dumps(rows, indent=1))
 
 

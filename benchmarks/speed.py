@@ -33,7 +33,7 @@ from shearling.prune.config import GateConfig
 from shearling.prune.gates import Gates, gate_specs
 from shearling.prune.learn import GateLearner
 from shearling.prune.plan import plan_from_masks
-from shearling.prune.scores import random as random_scores
+from shearling.prune.scores import compute
 from shearling.prune.transform import transform
 from shearling.shapes import Target, target_anatomy, target_config
 from shearling.sources import Source, open_source
@@ -91,7 +91,7 @@ class Steps:
         attachment = Attachment(self.model, self.anatomy)
         gates = Gates(gate_specs(self.anatomy, target_anatomy(self.anatomy, TARGET))).to(self.device)
         learner = GateLearner(gates, attachment, GateConfig(), steps=1000, warmup=10, seed=0)
-        learner.start_from(random_scores(gates.specs, torch.Generator().manual_seed(0)))
+        learner.start_from(compute(dict.fromkeys(gates.specs, "random"), self.model, self.anatomy, gates.specs, self.objective, []))
         return learner, attachment
 
     def _wait(self) -> None:

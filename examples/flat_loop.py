@@ -87,7 +87,7 @@ def shear(source_dir, data_dir, target, *, prune, train, mixture, shares=None, e
     """
     rule = prune["gates"]
     chosen = (rule["start"], rule["constraint"], rule["shared_second_moment"], rule["noise"], rule["final_noise"], mixture["update"])
-    if chosen != ("taylor", "projected", True, 0.0, 0.0, "paper"):
+    if chosen != ("scores", "projected", True, 0.0, 0.0, "paper"):
         raise ValueError(f"only the defaults of start, constraint, second moment, noise and mixture are written out here, not {chosen}")
     steps, history = prune["steps"], []
     model = AutoModelForCausalLM.from_pretrained(source_dir, dtype=torch.float32)

@@ -18,6 +18,7 @@ from faults import in_child_killed_at
 from models import CHAT_TEMPLATE, FAMILIES, save_tiny_source
 from runs import DOMAINS, TARGET, SignalAt, command, contents, metrics, recipe_values, write_text
 from shearling.errors import ConfigError, OutputError, Stopped
+from shearling.prune.methods import METHODS
 from shearling.recipe import load_recipe
 from shearling.run import RunDirectory
 from shearling.show import Silent
@@ -283,14 +284,26 @@ def test_without_a_target_it_trains_on(sources: Callable[[str], Path], domains: 
     AutoModelForCausalLM.from_pretrained(out / "model")
 
 
-@pytest.mark.parametrize("start", ["taylor", "random"])
-def test_one_shot_pruning_by_a_score(start: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
-    gates = {"calibration_sequences": 4, "start": start}
-    report = shearling.run(recipe_values(sources("llama"), domains, prune={"steps": 0, "gates": gates}), tmp_path / "run")
-    assert report["tokens"]["prune"] == (4 * 32 if start == "taylor" else 0)
+@pytest.mark.parametrize("method", ["taylor", "llm-pruner", "saap", "magnitude", "minitron", "random"])
+def test_one_shot_pruning(method: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    """Every method that scores all axes gives a stock checkpoint of the target's shape, and the plan says how."""
+    changes = {"method": method, "steps": 0, "gates": {"calibration_sequences": 4}}
+    report = shearling.prune(recipe_values(sources("llama"), domains, prune=changes), tmp_path / "run")
+    assert report["tokens"]["prune"] == (0 if method in ("random", "magnitude") else 4 * 32)
     assert report["model"]["shape"].items() >= TARGET.items()
     assert "before_hardening" not in report["loss"]
     assert [line["step"] for line in metrics(tmp_path / "run") if line["stage"] == "prune"] == [0]
+    made_by = json.loads((tmp_path / "run" / "plan.json").read_text())["made_by"]
+    assert made_by["method"] == method and set(made_by["scores"]) == {"hidden", "layer", "neuron", "query"}
+
+
+@pytest.mark.parametrize("method", ["shortgpt", "last-blocks", "every-nth"])
+def test_depth_pruning(method: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    values = recipe_values(sources("qwen3"), domains, target={"num_hidden_layers": 2}, prune={"method": method, "steps": 0})
+    report = shearling.prune(values, tmp_path / "run")
+    assert report["model"]["shape"]["num_hidden_layers"] == 2
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert len(plan["keep"]["layer"]) == 2 and plan["made_by"]["scores"] == {"layer": METHODS[method].scores["layer"]}
 
 
 def test_one_shot_needs_a_score(values: dict[str, Any], tmp_path: Path) -> None:

@@ -229,7 +229,7 @@ def test_what_an_earlier_try_left_on_the_board_is_not_read(tmp_path: Path) -> No
 
     from torch.distributed import TCPStore
 
-    from shearling.world import _session
+    from shearling.board import session_name
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=20))
     names: list[list[str]] = []
@@ -238,7 +238,7 @@ def test_what_an_earlier_try_left_on_the_board_is_not_read(tmp_path: Path) -> No
 
         def join(rank: int, found: list[str] = found) -> None:
             own = TCPStore("127.0.0.1", store.port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=20))
-            found[rank] = _session(own, rank, 3, 20)
+            found[rank] = session_name(own, rank, 3, 20)
 
         threads = [threading.Thread(target=join, args=(rank,)) for rank in range(3)]
         for thread in threads:

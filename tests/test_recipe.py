@@ -130,9 +130,9 @@ def test_every_field_is_documented() -> None:
 
 def test_differences() -> None:
     before = load_recipe(VALUES)
-    after = load_recipe(VALUES, ["seed=3", "prune.gates.start=random", "target=null"])
+    after = load_recipe(VALUES, ["seed=3", "prune.gates.start=constant", "target=null"])
     assert differences(before, after) == [
-        ("prune.gates.start", '"taylor"', '"random"'),
+        ("prune.gates.start", '"scores"', '"constant"'),
         ("seed", "17", "3"),
         ("target.hidden_size", "36", "nothing"),
     ]
@@ -214,6 +214,8 @@ def mutated(field: str, annotation: Any) -> Iterator[tuple[str, Recipe]]:
 def test_every_field_that_changes_is_named_and_accepted_only_if_asked(tmp_path: Path) -> None:
     freed, fixed = set(), set()
     for pattern, annotation in leaves(Recipe):
+        if pattern == "prune.method":  # never changes alone: see the test below
+            continue
         changes = list(mutated(pattern, annotation))
         assert changes, f"{pattern}: no other value was found"
         for field, recipe in changes:
@@ -290,3 +292,12 @@ def test_a_mistake_is_found_within_a_second_and_without_torch(change: dict[str, 
     assert all(kind == error and not heavy for kind, _, heavy in runs), runs
     assert min(seconds for _, seconds, _ in runs) < 1, runs
     assert not (tmp_path / "out").exists()
+
+
+def test_a_method_that_does_not_learn_takes_no_steps() -> None:
+    whole = WHOLE.model_dump(mode="json")
+    recipe = load_recipe({**whole, "prune": {"method": "minitron"}})
+    assert recipe.prune.steps == 0 and load_recipe(recipe).prune == recipe.prune
+    assert [field for field, _, _ in differences(WHOLE, recipe) if field.startswith("prune.method")] == ["prune.method"]
+    with pytest.raises(ConfigError, match="minitron decides by scores alone"):
+        load_recipe({**whole, "prune": {"method": "minitron", "steps": 5}})

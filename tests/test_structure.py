@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "shearling"
 LEVELS: dict[str, int] = {
     **dict.fromkeys(("errors", "io"), 0),
-    **dict.fromkeys(("config", "arch", "shapes", "schedules", "world"), 1),
+    **dict.fromkeys(("config", "arch", "shapes", "schedules", "board", "world"), 1),
     **dict.fromkeys(("prune", "data", "objectives"), 2),
     **dict.fromkeys(("train", "evaluate", "sources", "export"), 3),
     **dict.fromkeys(("recipe", "planning", "run", "show", "stages", "measure", "pictures", "report", "progress", "api"), 4),

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shearling.api import evaluate, plan, prepare, prune, reference, report, run, train
+    from shearling.api import evaluate, methods, plan, prepare, prune, reference, report, run, train
     from shearling.errors import (
         ArtifactError,
         ConfigError,
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from shearling.shapes import Target
 
 _HOMES = {
-    "shearling.api": ("evaluate", "plan", "prepare", "prune", "reference", "report", "run", "train"),
+    "shearling.api": ("evaluate", "methods", "plan", "prepare", "prune", "reference", "report", "run", "train"),
     "shearling.errors": (
         "ArtifactError",
         "ConfigError",
@@ -58,6 +58,7 @@ __all__ = [
     "Target",
     "evaluate",
     "load_recipe",
+    "methods",
     "plan",
     "prepare",
     "prune",

@@ -150,6 +150,17 @@ def report(out: str | Path) -> dict[str, Any]:
     return values
 
 
+def methods() -> dict[str, list[dict[str, Any]]]:
+    """The ways to choose what to keep (`prune.method`), and the scores they are made of (`prune.scores`).
+
+    Returns:
+        `methods`: name, about, paper, and scores by axis (`*`: all that are not named); `scores`: name, about, paper, axes.
+    """
+    from shearling.prune.methods import listing
+
+    return listing()
+
+
 def reference(points: str | Path, parameters: float) -> dict[str, float]:
     """Reference losses by domain for a model of `parameters`: the power law L(N) = A / N^a + C of Sheared LLaMA section 2.2.
 
@@ -208,6 +219,12 @@ def _checked(recipe: Recipe, last: str, world: World, overwrite: bool) -> tuple[
     from shearling.train.optim import choose_device
     from shearling.train.parallel import check_microbatches
 
+    if recipe.target is not None:
+        from shearling.prune.gates import gate_specs
+        from shearling.prune.methods import choose_scores, find
+
+        specs = gate_specs(source.anatomy, target_anatomy(source.anatomy, recipe.target))
+        choose_scores(find(recipe.prune.method), recipe.prune.scores, specs)
     check_microbatches({"prune": recipe.prune, "train": recipe.train}, world.size)
     device = choose_device(recipe.runtime, world.local_rank, world.local_size)
     if overwrite:  # before anything is deleted

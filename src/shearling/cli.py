@@ -133,6 +133,21 @@ def report(out: Annotated[Path, typer.Argument(metavar="DIR", help="A run direct
 
 
 @app.command()
+def methods(as_json: AsJson = False) -> None:
+    """The ways to choose what to keep, and the scores that they are made of."""
+    found = api.methods()
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for kind, entries in found.items():
+        typer.echo(f"{kind}\n")
+        for entry in entries:
+            by = " · ".join(f"{axis}: {name}" for axis, name in entry["scores"].items()) if "scores" in entry else ", ".join(entry["axes"])
+            typer.echo(f"  {entry['name']:24s}{entry['about']}\n{'':26s}{by}; {entry['paper']}")
+        typer.echo("")
+
+
+@app.command()
 def reference(
     points: Annotated[Path, typer.Argument(metavar="POINTS.csv", help="Columns domain, parameters, loss; three sizes or more.")],
     parameters: Annotated[float, typer.Option(help="Parameters of the model whose losses are asked for.")],

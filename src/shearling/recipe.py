@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from shearling.config import Config, override, parse, read_yaml
 from shearling.data.config import DataConfig, MixtureConfig
-from shearling.prune.config import GateConfig
+from shearling.prune.config import LEARNED, GateConfig
 from shearling.shapes import Target
 from shearling.train.config import Count, FitConfig, Fraction, RuntimeConfig, TrainConfig
 
@@ -20,8 +20,12 @@ from shearling.train.config import Count, FitConfig, Fraction, RuntimeConfig, Tr
 class PruneConfig(FitConfig):
     """Targeted structured pruning: gates and weights trained together until the source has the target's shape."""
 
+    method: str = LEARNED
+    """How to choose what to keep; `shearling methods` lists them."""
+    scores: str | dict[str, str] | None = None
+    """Scores in the place of the method's own: one for all axes, or {axis: score}; `shearling methods` lists them."""
     steps: Annotated[int, Field(ge=0)] = 3200
-    """Optimizer steps; with 0 the starting logits alone decide what is kept (one-shot pruning by their score)."""
+    """Optimizer steps of a method that learns; with 0 its scores alone decide. 0 for all other methods."""
     batch_size: Count = 32
     """Sequences of one step."""
     microbatches: Count = 8
@@ -32,6 +36,19 @@ class PruneConfig(FitConfig):
     """Steps between held-out evaluations, each followed by an update of the mixture; there is one after the last step, too."""
     gates: GateConfig = GateConfig()
     """The gates and their constraints."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_steps_but_for_learning(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("method", LEARNED) != LEARNED:
+            return {"steps": 0, **values}
+        return values
+
+    @model_validator(mode="after")
+    def _steps_are_for_learning(self) -> PruneConfig:
+        if self.method != LEARNED and self.steps:
+            raise ValueError(f"the method {self.method} decides by scores alone: leave steps ({self.steps}) out, or set 0")
+        return self
 
 
 class EvaluateConfig(Config):
@@ -90,7 +107,7 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _something_decides(self) -> Recipe:
         if self.target is not None and self.prune.steps == 0 and self.prune.gates.start == "constant":
-            raise ValueError("with prune.steps 0 the starting logits decide alone: set prune.gates.start to taylor or random")
+            raise ValueError("with prune.steps 0 the scores decide alone: leave prune.gates.start out")
         return self
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shearling.arch.families import Anatomy
+from shearling.board import told
 from shearling.data import mixture
 from shearling.data.loader import Loader
 from shearling.data.prepare import prepare
@@ -32,8 +33,9 @@ from shearling.io.tensors import MemoryReader, ShardWriter
 from shearling.objectives.lm import token_losses
 from shearling.prune import scores
 from shearling.prune.attach import Attachment
-from shearling.prune.gates import Gates, gate_specs
+from shearling.prune.gates import Gates, GateSpec, gate_specs
 from shearling.prune.learn import GateLearner
+from shearling.prune.methods import choose_scores, find
 from shearling.prune.plan import PrunePlan, plan_from_masks
 from shearling.prune.transform import transform
 from shearling.prune.verify import Difference, blame, compare_logits, logits_of, masked_logits, require_equal
@@ -47,7 +49,7 @@ from shearling.train.loop import Losses, Progress, Surroundings, fit
 from shearling.train.optim import choose_device, in_precision
 from shearling.train.parallel import make_mesh, parallelize, whole_weights
 from shearling.train.stop import signal_name
-from shearling.world import World, told
+from shearling.world import World
 
 _VERIFY_SEQUENCES = 2
 """Sequences on which masked and cut model are compared."""
@@ -168,23 +170,22 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
     model = context.place(context.source.load_model)
     specs = gate_specs(anatomy, context.target)
     around = _surroundings(context, "prune", config, source_result["loss"])
-    calibration_tokens = 0
+    gates = Gates(specs).to(context.device)
+    seed, warmup = context.recipe.seed, round(config.warmup * config.steps)
+    progress = Progress(shares, around.loader.start(), heldout=dict(source_result["loss"]))
+    chosen = {} if config.gates.start == "constant" else choose_scores(find(config.method), config.scores, specs)
+    begun = context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints)))
+    found = _scores(context, model, specs, chosen, around.loader, shares) if specs and not begun else {}
     with Attachment(model, anatomy) as attachment:
-        gates = Gates(specs).to(context.device)
-        seed, warmup = context.recipe.seed, round(config.warmup * config.steps)
         learner = GateLearner(gates, attachment, config.gates, steps=config.steps, warmup=warmup, seed=seed)
-        start = Progress(shares, around.loader.start(), heldout=dict(source_result["loss"]))
+        learner.start_from(found)
         if specs:
-            if not context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints))):
-                learner.start_from(_starting_scores(context, model, attachment, gates, around.loader, shares))
-            calibration_tokens = _calibration_tokens(context)
             model.train()
-            progress = fit(model, config, around, start, learner)
-        else:
-            progress = start
+            progress = fit(model, config, around, progress, learner)
     model.eval()
     masks = gates.hardened()
-    made_by = {"method": "sheared-llama", "seed": seed, "steps": config.steps, "gates": config.gates.model_dump(mode="json")}
+    made_by = {"method": config.method, "scores": chosen, "seed": seed, "steps": config.steps}
+    made_by |= {"gates": config.gates.model_dump(mode="json")} if config.steps else {}
     plan = plan_from_masks(anatomy, context.target, masks, source_result["fingerprint"], made_by)
     difference = _cut(context, model, masks, plan)
     return {
@@ -192,7 +193,7 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
             "before_hardening": progress.heldout if config.steps and specs else None,
             "pruned": context.evaluate(context.load_pruned()),
         },
-        "tokens": progress.tokens + calibration_tokens,
+        "tokens": progress.tokens + _calibration_tokens(context, chosen),
         "steps": progress.step,
         "weights": progress.weights.tolist(),
         "cursors": progress.cursors.tolist(),
@@ -296,25 +297,30 @@ def _surroundings(context: Context, stage: str, config: FitConfig, source_losses
     )
 
 
-def _starting_scores(
-    context: Context, model: nn.Module, attachment: Attachment, gates: Gates, loader: Loader, shares: np.ndarray
+def _scores(
+    context: Context,
+    model: nn.Module,
+    specs: Mapping[str, GateSpec],
+    chosen: Mapping[str, str],
+    loader: Loader,
+    shares: np.ndarray,
 ) -> dict[str, Tensor]:
-    config = context.recipe.prune.gates
-    if config.start == "random":
-        return scores.random(gates.specs, torch.Generator().manual_seed(context.recipe.seed))
-    if config.start == "constant":
-        return {}
-    calibration = Loader(context.tokens, config.calibration_sequences, context.recipe.seed)
-    ids_BT = torch.from_numpy(calibration.batch(0, shares, loader.start()).ids).to(context.device)
-    context.show.note(f"scoring every gate on {config.calibration_sequences} sequences")
+    """The scores of every gate, by axis, on training sequences where a score needs any."""
+    sequences = _calibration_tokens(context, chosen) // context.tokens.sequence_length
+    batches: list[Tensor] = []
+    if sequences:
+        context.show.note(f"scoring every gate on {sequences} sequences")
+        calibration = Loader(context.tokens, sequences, context.recipe.seed)
+        ids_BT = torch.from_numpy(calibration.batch(0, shares, loader.start()).ids).to(context.device)
+        batches = [ids_BT[start : start + 2] for start in range(0, len(ids_BT), 2)]
+    world, stop, seed = context.world, context.check_stop, context.recipe.seed
+    return scores.compute(chosen, model, context.source.anatomy, specs, context.objective, batches, world, stop, seed)
 
-    batches = [ids_BT[start : start + 2] for start in range(0, len(ids_BT), 2)]
-    return scores.taylor(model, attachment, gates.specs, context.objective, batches, context.world, context.check_stop)
 
-
-def _calibration_tokens(context: Context) -> int:
-    config = context.recipe.prune.gates
-    return config.calibration_sequences * context.tokens.sequence_length if config.start == "taylor" else 0
+def _calibration_tokens(context: Context, chosen: Mapping[str, str]) -> int:
+    """Tokens that scores are measured on; none where they look at the weights alone, or at nothing."""
+    needs = {need for name in chosen.values() for need in scores.SCORES[name].needs}
+    return context.recipe.prune.gates.calibration_sequences * context.tokens.sequence_length if needs - {"weights"} else 0
 
 
 def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: PrunePlan) -> dict[str, float]:

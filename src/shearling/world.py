@@ -17,7 +17,6 @@ import faulthandler
 import json
 import os
 import re
-import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,14 +24,13 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from shearling import errors
-from shearling.errors import ConfigError, PeerError, Problem, ProblemsError, ShearlingError
+from shearling.board import lost, opened, peer_errors, sealed, session_name, told
+from shearling.errors import ConfigError, PeerError, Problem, ShearlingError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
-E = TypeVar("E", bound=Exception)
 _BEAT_SECONDS = 2.0
 _POLL_SECONDS = 0.01, 0.5
 _LEAVING_SECONDS = 10.0
@@ -130,9 +128,9 @@ class Many(World):
         self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         self.timeout = timeout
         span = timedelta(seconds=timeout)
-        with _peer_errors(timeout):
+        with peer_errors(timeout):
             store, _, _ = next(iter(rendezvous("env://", self.rank, self.size, timeout=span)))
-            session = _session(store, self.rank, self.size, timeout)
+            session = session_name(store, self.rank, self.size, timeout)
             self._board = PrefixStore(f"shearling/{session}", store)
             backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
             group = PrefixStore(f"group/{session}", store)
@@ -160,7 +158,7 @@ class Many(World):
                 else:
                     self.post(f"left/{self.rank}", True)
         if isinstance(error, RuntimeError) and not isinstance(error, ShearlingError) and _LOST.search(str(error)):
-            raise _lost(self.timeout, error) from error
+            raise lost(self.timeout, error) from error
 
     def largest(self, value: int) -> int:
         """See `World`."""
@@ -168,7 +166,7 @@ class Many(World):
         import torch.distributed as dist
 
         found = torch.tensor([value])
-        with _peer_errors(self.timeout):
+        with peer_errors(self.timeout):
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
@@ -176,7 +174,7 @@ class Many(World):
         """See `World`."""
         import torch.distributed as dist
 
-        with _peer_errors(self.timeout):
+        with peer_errors(self.timeout):
             dist.all_reduce(tensor)
         return tensor
 
@@ -186,20 +184,20 @@ class Many(World):
         import torch.distributed as dist
 
         found = [torch.empty_like(tensor) for _ in range(self.size)]
-        with _peer_errors(self.timeout):
+        with peer_errors(self.timeout):
             dist.all_gather(found, tensor.contiguous())
         return found
 
     def post(self, key: str, value: Any) -> None:
         """See `World`."""
-        with _peer_errors(self.timeout):
+        with peer_errors(self.timeout):
             self._board.set(key, json.dumps(value))
 
     def read(self, key: str, rank: int, patience: float | None = None) -> Any:
         """See `World`. `patience`: seconds without a sign of life, instead of `timeout`."""
         pause, last, seen = _POLL_SECONDS[0], time.monotonic(), b""
         patience = self.timeout if patience is None else patience
-        with _peer_errors(self.timeout):
+        with peer_errors(self.timeout):
             while not self._board.check([key]):
                 if (number := self.signal()) and not self._passed_on:
                     self._passed_on = True
@@ -210,7 +208,7 @@ class Many(World):
                 if beat != seen:
                     seen, last = beat, time.monotonic()
                 elif time.monotonic() - last > patience:
-                    raise _lost(self.timeout, f"process {rank} shows no sign of life")
+                    raise lost(self.timeout, f"process {rank} shows no sign of life")
             return json.loads(self._board.get(key))
 
     def rank0_decides(self, work: Callable[[], T]) -> T:
@@ -255,7 +253,7 @@ class Many(World):
         """See `World`."""
         if number := self.signal():
             return number
-        with _peer_errors(self.timeout):
+        with peer_errors(self.timeout):
             return int(json.loads(self._board.get("stop"))) if self._board.check(["stop"]) else 0
 
     @contextlib.contextmanager
@@ -307,34 +305,6 @@ def join(device: str = "cpu", timeout: float = 600.0) -> World:
     return Many(timeout, device.startswith("cuda") or (device == "auto" and torch.cuda.is_available()))
 
 
-def _session(store: Any, rank: int, size: int, timeout: float) -> str:
-    """A name that the processes which are there now share, and no earlier ones had.
-
-    torchrun may keep one store over restarts, with all that was posted in it: process 0's decision of an earlier try would be read as
-    of this one. So each process greets with a word of its own, process 0 answers with that word and its own, and the answer is
-    acknowledged; process 0's word is the name.
-    """
-    own, end = secrets.token_hex(8), time.monotonic() + timeout
-    store.set(f"hello/{rank}", own)
-    missing = set(range(1, size)) if rank == 0 else {rank}
-    while missing:
-        for other in sorted(missing):
-            if rank == 0:
-                if store.check([f"hello/{other}"]):
-                    store.set(f"welcome/{other}", json.dumps([store.get(f"hello/{other}").decode(), own]))
-                if store.check([f"heard/{other}"]) and store.get(f"heard/{other}").decode() == own:
-                    missing.discard(other)
-            elif store.check([f"welcome/{rank}"]):
-                hello, name = json.loads(store.get(f"welcome/{rank}"))
-                if hello == own:
-                    store.set(f"heard/{rank}", name)
-                    return str(name)
-        if time.monotonic() > end:
-            raise RuntimeError(f"processes {sorted(missing)} of {size} did not come")
-        time.sleep(_POLL_SECONDS[0])
-    return own
-
-
 def launched_rank() -> int:
     """The rank that the launcher gave this process, before anything is joined."""
     return int(os.environ.get("RANK", "0"))
@@ -350,53 +320,3 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return work(), None
     except Exception as error:
         return None, error
-
-
-def sealed(value: Any, error: Exception | None = None) -> dict[str, Any]:
-    """A JSON value, or an error, in a form that goes over the board."""
-    if error is None:
-        return {"value": value}
-    if isinstance(error, ProblemsError):
-        problems = [[problem.field, problem.found, problem.remedy] for problem in error.problems]
-        return {"error": type(error).__name__, "text": error.headline, "problems": problems}
-    return {"error": type(error).__name__, "text": str(error)}
-
-
-def opened(envelope: dict[str, Any]) -> Any:
-    """The value that was sealed; or the error that was, raised: one of ours as it was, any other as a `PeerError` that names it."""
-    if "error" not in envelope:
-        return envelope["value"]
-    kind: Any = getattr(errors, envelope["error"], object)
-    error: ShearlingError
-    if not issubclass(kind, ShearlingError):
-        error = PeerError(f"a process of this run failed: {envelope['error']}: {envelope['text']}")
-    elif "problems" in envelope:
-        error = kind(envelope["text"], [Problem(*problem) for problem in envelope["problems"]])
-    else:
-        error = kind(envelope["text"])
-    raise told(error)
-
-
-def told(error: E) -> E:
-    """Mark an error that every process raises, so that it is printed once."""
-    if isinstance(error, ShearlingError):
-        error.told = True
-    return error
-
-
-@contextlib.contextmanager
-def _peer_errors(timeout: float) -> Iterator[None]:
-    try:
-        yield
-    except ShearlingError:
-        raise
-    except RuntimeError as error:  # what torch raises for a closed connection, a timeout, a store that is gone
-        raise _lost(timeout, error) from error
-
-
-def _lost(timeout: float, why: object) -> PeerError:
-    found = " ".join(str(why).split())[:200]
-    return PeerError(
-        f"another process of this run ended, or did not answer for {timeout:g} s ({found}). What was saved is whole: "
-        "look at that process' output, and run the same command to go on."
-    )

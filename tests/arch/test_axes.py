@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shearling.arch.axes import count, dimensions, kept_positions, parse_pattern, slice_tensor
+from shearling.arch.axes import count, dimensions, kept_positions, parse_pattern, slice_tensor, sum_onto
 
 PATTERNS = (
     "hidden",
@@ -104,3 +104,32 @@ def test_an_axis_without_a_choice_is_kept_whole() -> None:
 def test_a_tensor_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match=r"\(5, 6\).*vocab hidden"):
         slice_tensor(torch.zeros(5, 6), "vocab hidden", SIZES, {"hidden": [0]})
+
+
+@settings(deadline=None)
+@given(data=st.data(), pattern=st.sampled_from(PATTERNS))
+def test_sums_onto_axes_are_those_of_the_reference(data: st.DataObject, pattern: str) -> None:
+    sizes = {axis: data.draw(st.integers(1, 5)) for axis in SIZES}
+    spread = [axis for dimension in parse_pattern(pattern) for axis in dimension]
+    axes = data.draw(st.permutations(spread))[: data.draw(st.integers(0, len(spread)))]
+    tensor = np.arange(count(pattern, sizes)).reshape(dimensions(pattern, sizes))
+    found = sum_onto(torch.from_numpy(tensor), pattern, sizes, axes)
+    apart = tensor.reshape([sizes[axis] for axis in spread])
+    letters = {axis: "abcdefg"[i] for i, axis in enumerate(SIZES)}
+    formula = "".join(letters[axis] for axis in spread) + "->" + "".join(letters[axis] for axis in axes)
+    np.testing.assert_array_equal(found.numpy(), np.einsum(formula, apart))
+    assert found.shape == tuple(sizes[axis] for axis in axes)
+
+
+def test_sums_by_hand() -> None:
+    rows = torch.arange(24.0)[:, None].expand(24, 5)  # (group query head_dim) hidden: every row holds its number
+    found = sum_onto(rows, "(group query head_dim) hidden", SIZES, ("group", "query"))
+    assert found.tolist() == [[5 * sum(range(4 * (2 * g + q), 4 * (2 * g + q) + 4)) for q in range(2)] for g in range(3)]
+    assert sum_onto(rows, "(group query head_dim) hidden", SIZES, ()).item() == rows.sum()
+
+
+def test_sums_that_mean_nothing() -> None:
+    with pytest.raises(ValueError, match=r"\(5, 6\).*vocab hidden"):
+        sum_onto(torch.zeros(5, 6), "vocab hidden", SIZES, ("hidden",))
+    with pytest.raises(ValueError, match=r"'vocab hidden' does not have the axes \['neuron'\]"):
+        sum_onto(torch.zeros(6, 5), "vocab hidden", SIZES, ("neuron",))

@@ -111,7 +111,7 @@ def test_replace_puts_the_old_back_when_the_swap_fails(tmp_path: Path, monkeypat
         original(source, target)
 
     monkeypatch.setattr(os, "rename", rename)
-    with pytest.raises(OSError, match="broken"):
+    with pytest.raises(OSError, match="the disk failed"):
         replace_directory(staged, final)
     assert listing(final) == {"sub/a": b"1"}
 

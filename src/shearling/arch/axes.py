@@ -82,3 +82,17 @@ def slice_tensor(tensor: Tensor, pattern: str, sizes: Mapping[str, int], keep: M
         if positions is not None:
             tensor = tensor.index_select(dim, torch.tensor(positions, dtype=torch.long, device=tensor.device))
     return tensor
+
+
+def sum_onto(tensor: Tensor, pattern: str, sizes: Mapping[str, int], axes: Sequence[str]) -> Tensor:
+    """Sum a tensor over every axis of its pattern but `axes`. Shape in: `dimensions(pattern, sizes)`; out: the sizes of `axes`."""
+    if tuple(tensor.shape) != dimensions(pattern, sizes):
+        raise ValueError(f"tensor of shape {tuple(tensor.shape)} does not have pattern {pattern!r} at sizes {dict(sizes)}")
+    spread = [axis for dimension in parse_pattern(pattern) for axis in dimension]
+    if missing := [axis for axis in axes if axis not in spread]:
+        raise ValueError(f"pattern {pattern!r} does not have the axes {missing}")
+    apart = tensor.reshape([sizes[axis] for axis in spread])
+    others = [dim for dim, axis in enumerate(spread) if axis not in axes]
+    summed = apart.sum(others) if others else apart
+    left = [axis for axis in spread if axis in axes]
+    return summed.permute([left.index(axis) for axis in axes])

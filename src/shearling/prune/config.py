@@ -1,4 +1,4 @@
-"""Configuration of the gates. Imports no torch."""
+"""Configuration of the gates, and the name of the method that learns them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pydantic import Field
 
 from shearling.config import Config
 
+LEARNED = "sheared-llama"
+"""The method that learns gates in training; every other decides by scores alone."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 
@@ -15,12 +17,12 @@ Rate = Annotated[float, Field(ge=0)]
 class GateConfig(Config):
     """How gates start, learn, and are held to the target."""
 
-    start: Literal["taylor", "random", "constant"] = "taylor"
-    """Starting logits: by rank of first-order Taylor importance, by chance, or all alike (the paper's)."""
+    start: Literal["scores", "constant"] = "scores"
+    """Starting logits: by rank of `prune.scores` (first-order Taylor importance if left out), or all alike (the paper's)."""
     start_low: Annotated[float, Field(ge=-4.6, le=4.6)] = 1.6
     """Starting logit of the least important gate; the most important starts at the limit, 4.605. `projected` feels the spread alone."""
     calibration_sequences: Annotated[int, Field(ge=1)] = 32
-    """Training sequences on which Taylor importance is measured; they count as tokens of pruning."""
+    """Training sequences on which scores are measured, of any method; they count as tokens of pruning."""
     constraint: Literal["projected", "lagrangian"] = "projected"
     """How gates are held to the ramp: shifted to the scheduled count at every step, or by learned multipliers (the paper's)."""
     ramp: Fraction = 0.5

@@ -37,10 +37,10 @@ class GateLearner:
         self._shifts: tuple[int, dict[str, Tensor]] | None = None  # (step, shift of every vector), until the logits move
 
     def start_from(self, scores: Mapping[str, Tensor]) -> None:
-        """Starting logits by rank of the score inside each vector, all of them open."""
+        """Starting logits by rank of the score inside each vector, all of them open; axes without scores stay as they are."""
         with torch.no_grad():
-            for axis, log_alpha in self.gates.log_alpha.items():
-                low = self.config.start_low
+            for axis in scores:
+                log_alpha, low = self.gates.log_alpha[axis], self.config.start_low
                 log_alpha.copy_(low + (LIMIT - low) * ranks(scores[axis]))
         self._shifts = None
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shearling.board import told
 from shearling.data.loader import Batch, Loader
 from shearling.errors import NumericsError, Stopped
 from shearling.io.files import sweep_temporary
@@ -27,7 +28,7 @@ from shearling.train.saver import Saver
 from shearling.train.state import pack, unpack
 from shearling.train.step import GateTraining, StepResult, own_rows, train_step
 from shearling.train.stop import signal_name
-from shearling.world import World, told
+from shearling.world import World
 
 Losses = dict[str, float]
 

@@ -18,11 +18,12 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from shearling.board import opened, sealed
 from shearling.errors import PeerError, ShearlingError, StorageError
 from shearling.io.files import TEMPORARY, remove_tree, storage_errors, sweep_temporary
 from shearling.train import checkpoint
 from shearling.train.parallel import local
-from shearling.world import World, opened, sealed
+from shearling.world import World
 
 
 class Saver:
