@@ -86,7 +86,8 @@ def training_memory(
     """Bytes of training on each process by part, with their `total`: what must be there, and an estimate of the activations.
 
     weights, gradients, moments: fp32, divided among the processes. low_precision_copy: what autocast makes of the weights, whole on
-    each. gathered: on several processes one whole block, fp32 and its copy; all weights with `keeps_gathered`. gates: fp32 logits,
+    each, or with `activation_checkpointing` of one block.
+    gathered: on several processes one whole block, fp32 and its copy; all weights with `keeps_gathered`. gates: fp32 logits,
     gradient and two moments. gated_copies: of the attention output and MLP down projections, whole and fp32, which the backward
     pass needs (under autocast it needs their low-precision copies, counted above, so one block's are there at a time).
 
@@ -116,7 +117,7 @@ def training_memory(
         "weights": -(-4 * parameters // world_size),
         "gradients": -(-4 * parameters // world_size),
         "moments": -(-8 * parameters // world_size),
-        "low_precision_copy": 2 * parameters if bfloat16 else 0,
+        "low_precision_copy": 0 if not bfloat16 else 2 * (_block_parameters(anatomy) if activation_checkpointing else parameters),
         "gathered": gathered if world_size > 1 else 0,
         "gates": 16 * gates,
         "gated_copies": gated * (1 if bfloat16 or activation_checkpointing else layers),
