@@ -118,7 +118,7 @@ def signal_rank_1_while_preparing(rank: int) -> None:
 
 
 def signal_rank_1_in_an_evaluation(rank: int) -> None:
-    """The third of a run: that of the source, that after step 5, that after step 10."""
+    """The third of a run: that of the source, that after step 5, that after step 10; once a first batch has been evaluated."""
     from shearling import stages
 
     if rank == 1:
@@ -126,9 +126,15 @@ def signal_rank_1_in_an_evaluation(rank: int) -> None:
 
         def heldout_losses(*args: Any, between: Callable[[], None], **kwargs: Any) -> Any:
             seen[0] += 1
-            if seen[0] == 3:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(*args, between=between, **kwargs)
+            batches = [0]
+
+            def signalled() -> None:
+                batches[0] += 1
+                if (seen[0], batches[0]) == (3, 2):
+                    os.kill(os.getpid(), signal.SIGTERM)
+                between()
+
+            return original(*args, between=signalled, **kwargs)
 
         stages.heldout_losses = heldout_losses  # type: ignore[assignment]
 

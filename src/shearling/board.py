@@ -69,6 +69,15 @@ def opened(envelope: dict[str, Any]) -> Any:
     raise told(error)
 
 
+@contextlib.contextmanager
+def alike() -> Iterator[None]:
+    """Around what every process does with the same values: an error of ours inside is raised by all of them."""
+    try:
+        yield
+    except ShearlingError as error:
+        raise told(error) from error.__cause__
+
+
 def told(error: E) -> E:
     """Mark an error that every process raises, so that it is printed once."""
     if isinstance(error, ShearlingError):

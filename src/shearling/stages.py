@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from shearling.arch.families import Anatomy
-from shearling.board import told
+from shearling.board import alike, told
 from shearling.data import mixture
 from shearling.data.loader import Loader
 from shearling.data.prepare import prepare
@@ -188,6 +188,7 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
     made_by |= {"gates": config.gates.model_dump(mode="json")} if config.steps else {}
     plan = plan_from_masks(anatomy, context.target, masks, source_result["fingerprint"], made_by)
     difference = _cut(context, model, masks, plan)
+    del model, attachment, learner  # before the cut model is loaded
     return {
         "loss": {
             "before_hardening": progress.heldout if config.steps and specs else None,
@@ -239,6 +240,7 @@ def measure_result(context: Context) -> dict[str, Any]:
     dtype = torch.float32 if context.device.type == "cpu" else torch.bfloat16
 
     def work() -> dict[str, Any]:
+        gc.collect()
         models = {
             "source": context.source.load_model(dtype).to(context.device),
             "model": load_stock(context.path / "model", dtype, "model").to(context.device),
@@ -276,7 +278,8 @@ def _surroundings(context: Context, stage: str, config: FitConfig, source_losses
         if reference is None:
             return weights
         found, wanted = (np.array([values[domain] for domain in domains]) for values in (losses, reference))
-        return mixture.update(rule.update, weights, found, wanted, smoothing=rule.smoothing, step_size=rule.step_size, domains=domains)
+        with alike():
+            return mixture.update(rule.update, weights, found, wanted, smoothing=rule.smoothing, step_size=rule.step_size, domains=domains)
 
     return Surroundings(
         stage=stage,
@@ -314,7 +317,8 @@ def _scores(
         ids_BT = torch.from_numpy(calibration.batch(0, shares, loader.start()).ids).to(context.device)
         batches = [ids_BT[start : start + 2] for start in range(0, len(ids_BT), 2)]
     world, stop, seed = context.world, context.check_stop, context.recipe.seed
-    return scores.compute(chosen, model, context.source.anatomy, specs, context.objective, batches, world, stop, seed)
+    with alike():
+        return scores.compute(chosen, model, context.source.anatomy, specs, context.objective, batches, world, stop, seed)
 
 
 def _calibration_tokens(context: Context, chosen: Mapping[str, str]) -> int:

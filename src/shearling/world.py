@@ -149,7 +149,8 @@ class Many(World):
 
         self._alive.set()
         self._beating.join()
-        if error is None or (isinstance(error, ShearlingError) and not isinstance(error, PeerError)):
+        together = error is None or (isinstance(error, ShearlingError) and error.told and not isinstance(error, PeerError))
+        if together:  # else the others may be in the middle of something, and NCCL would wait for them
             dist.destroy_process_group()
             with contextlib.suppress(Exception):  # the board may lie in process 0, which therefore leaves last
                 if self.first:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shearling.board import told
 from shearling.errors import ArtifactError, Problem
 from shearling.io.files import parse_json, read_json, remove_tree, replace_directory, safe_join, sha256_file, storage_errors, write_atomic
 from shearling.io.tensors import TensorReader, write_tensors
@@ -125,7 +126,7 @@ def load(folder: Path, step: int | None = None, world: World | None = None) -> C
     if step is not None:
         if step not in found:
             remedy = f"There are {', '.join(map(str, found)) or 'none'}."
-            raise ArtifactError(f"{folder}: no checkpoint of step {step}", [Problem("step", str(step), remedy)])
+            raise told(ArtifactError(f"{folder}: no checkpoint of step {step}", [Problem("step", str(step), remedy)]))
         return world.everywhere(lambda: _read(directory_of(folder, step), step, world))
     problems: list[Problem] = []
     for candidate in sorted(found, reverse=True):
@@ -138,7 +139,7 @@ def load(folder: Path, step: int | None = None, world: World | None = None) -> C
                 warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
             problems += error.problems
     if problems:
-        raise ArtifactError(f"{folder}: no checkpoint is whole; to start afresh, delete them", problems)
+        raise told(ArtifactError(f"{folder}: no checkpoint is whole; to start afresh, delete them", problems))
     return None
 
 

@@ -143,6 +143,7 @@ def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progre
     ):
 
         def save(**how: bool) -> None:
+            forget_gathered(model)  # an evaluation may have been broken off
             tensors, scalars = pack(model, optimizer, gates)
             saver.save(progress.step, tensors, {"progress": progress.to_json(), "optimizer": scalars}, **how)
 

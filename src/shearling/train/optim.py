@@ -30,6 +30,8 @@ def choose_device(runtime: RuntimeConfig, local_rank: int = 0, local_size: int =
                 remedy = "Each process takes the GPU of its number on its machine: use auto or cuda."
                 raise RuntimeError(f"{local_size} processes on this machine would share it")
             device = torch.device("cuda", local_rank)
+        elif device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         found = f"{name!r} ({str(error).splitlines()[0][:120]})"

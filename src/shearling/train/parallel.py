@@ -38,6 +38,8 @@ def parallelize(model: nn.Module, blocks: str, runtime: RuntimeConfig, device: t
         enable({"use_reentrant": False})  # type: ignore[operator]
     layers = cast("nn.ModuleList", model.get_submodule(blocks))
     if runtime.compile:
+        # Gates come and go as hooks: code that was compiled without them must not be taken for a block that has them.
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
         for layer in layers:
             layer.compile()
     if mesh is None:

@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from shearling.board import opened, sealed
+from shearling.board import opened, sealed, told
 from shearling.errors import PeerError, ShearlingError, StorageError
 from shearling.io.files import TEMPORARY, remove_tree, storage_errors, sweep_temporary
 from shearling.train import checkpoint
@@ -110,9 +110,8 @@ class Saver:
         whole = [path for path in checkpoint.steps(self.folder).values()]
         kept = f"The last checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."
         if self._failures > 1:
-            raise StorageError(
-                f"two checkpoints in a row could not be saved: {error}. {kept} Free space and run the same command to go on."
-            )
+            text = f"two checkpoints in a row could not be saved: {error}. {kept} Free space and run the same command to go on."
+            raise told(StorageError(text))
         self._warn(f"a checkpoint could not be saved: {error}. {kept} Training goes on; a second failure ends it.")
 
     def _stage(self, step: int) -> Path:

@@ -107,7 +107,8 @@ def train_step(
     shared = world.sum_(torch.cat([losses_R, squared_norm(weights).cpu()[None]]))
     sequence_losses, norm = shared[:-1].numpy(), float(shared[-1].sqrt().float())
     loss = float(sequence_losses.mean())
-    gates_norm = float(squared_norm(sums.replicated).sqrt()) if sums.replicated else 0.0
+    # in fp32, in which the gates' second moments are: a square that overflows there must not reach them
+    gates_norm = float(squared_norm(sums.replicated).float().sqrt()) if sums.replicated else 0.0
     skipped = object_to(loss, norm + 0 * gates_norm)  # not finite where either is not
     if skipped is None:
         if norm > clip:
