@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,6 +12,22 @@ import torch
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def good_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama on disk, of all tests that ask for it: only to be read."""
+    from models import save_tiny_source  # here, as transformers takes seconds that most files need not spend
+
+    path = tmp_path_factory.mktemp("good") / "source"
+    save_tiny_source(path, "llama")
+    return path
+
+
+@pytest.fixture
+def source(good_source: Path, tmp_path: Path) -> Path:
+    """A copy of it, of this test alone."""
+    return Path(shutil.copytree(good_source, tmp_path / "source"))
 
 
 def pytest_configure() -> None:

@@ -17,6 +17,19 @@ from shearling.show import Silent
 
 DOMAINS = ("a", "b")
 TARGET = {"num_hidden_layers": 2, "hidden_size": 36, "num_attention_heads": 3, "intermediate_size": 24}
+WHOLE_VALUES: dict[str, Any] = {
+    "source": "owner/model",
+    "target": {"num_hidden_layers": 2, "hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24},
+    "data": {
+        "domains": {
+            "web": {"train": ["/text/web.jsonl"], "weight": 1.0},
+            "hub": {"dataset": "owner/text", "subset": "en", "revision": "main", "weight": 2.0},
+        },
+        "root": "/text",
+    },
+    "mixture": {"update": "static"},
+}
+"""Plain values of a recipe of which every field can have another value; it is not there to be run."""
 _FORKSERVER = multiprocessing.get_context("forkserver")
 _FORKSERVER.set_forkserver_preload(
     ["shearling.cli", "shearling.stages", "shearling.report", "torch.utils.tensorboard", "transformers.models.llama.modeling_llama"]

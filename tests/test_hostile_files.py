@@ -20,7 +20,6 @@ import pytest
 import torch
 
 import shearling
-from models import save_tiny_source
 from shearling.config import override, parse
 from shearling.data.config import DataConfig
 from shearling.data.origins import find_origins, survey
@@ -95,18 +94,6 @@ def litter(folder: Path, payloads: dict[str, bytes]) -> list[Path]:
     index = {"metadata": {}, "weight_map": {"model.norm.weight": "pytorch_model.bin"}}
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
     return paths
-
-
-@pytest.fixture(scope="module")
-def good_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("good") / "source"
-    save_tiny_source(path, "llama")
-    return path
-
-
-@pytest.fixture
-def source(good_source: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good_source, tmp_path / "source"))
 
 
 @pytest.fixture

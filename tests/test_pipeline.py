@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ import shearling
 from faults import in_child_killed_at
 from models import CHAT_TEMPLATE, FAMILIES, save_tiny_source
 from runs import DOMAINS, TARGET, SignalAt, command, contents, metrics, recipe_values, write_text
-from shearling.errors import ConfigError, OutputError, Stopped
+from shearling.errors import ConfigError, NumericsError, OutputError, Stopped
 from shearling.prune.methods import METHODS
 from shearling.recipe import load_recipe
 from shearling.run import RunDirectory
@@ -271,6 +273,33 @@ def test_a_directory_of_something_else_is_refused(values: dict[str, Any], tmp_pa
     with pytest.raises(OutputError, match="not a run"):
         shearling.run(values, tmp_path)
     assert contents(tmp_path) == {"thesis.tex": b"mine"}
+
+
+def test_what_rounding_may_explain_is_looked_at_in_fp64(
+    finished: Path, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Published where fp64 shows no difference, with both numbers in the report; refused where it shows a small one."""
+    stages = importlib.import_module("shearling.stages")
+    monkeypatch.setattr(stages, "TOLERANCE", 0.0)
+    out = shutil.copytree(finished, tmp_path / "good")
+    for name in ("prune", "train", "evaluate"):
+        (out / "stages" / f"{name}.json").unlink()
+    report = shearling.run(values, out)
+    assert 0 < report["verify"]["relative_difference"] < 1e-5 and report["verify"]["relative_difference_float64"] < 1e-11
+    assert "all of it rounding" in (out / "report.html").read_text()
+    assert contents(out / "pruned") == contents(finished / "pruned")
+
+    def bent(*args: Any) -> Any:
+        for name, tensor in transform(*args):
+            yield name, tensor * (1.0001 if name.endswith("layers.1.mlp.up_proj.weight") else 1)
+
+    transform = stages.transform
+    monkeypatch.setattr(stages, "transform", bent)
+    out = shutil.copytree(finished, tmp_path / "bent")
+    for name in ("prune", "train", "evaluate"):
+        (out / "stages" / f"{name}.json").unlink()
+    with pytest.raises(NumericsError, match=r"in fp64.*layers\.1\.mlp\.up_proj\.weight"):
+        shearling.run(values, out)
 
 
 def test_without_a_target_it_trains_on(sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel
 
+from runs import WHOLE_VALUES
 from shearling.data.config import DomainConfig
 from shearling.errors import ConfigError
 from shearling.recipe import FIXED, Recipe, covers, differences, dump_recipe, is_free, load_recipe
@@ -143,20 +144,7 @@ def test_differences() -> None:
     assert {field.split(".")[2] for field, _, _ in differences(before, grown)} == {"new"}
 
 
-WHOLE = load_recipe(
-    {
-        "source": "owner/model",
-        "target": {"num_hidden_layers": 2, "hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24},
-        "data": {
-            "domains": {
-                "web": {"train": ["/text/web.jsonl"], "weight": 1.0},
-                "hub": {"dataset": "owner/text", "subset": "en", "revision": "main", "weight": 2.0},
-            },
-            "root": "/text",
-        },
-        "mixture": {"update": "static"},
-    }
-)
+WHOLE = load_recipe(WHOLE_VALUES)
 """A recipe of which every field can have another value."""
 
 

@@ -17,33 +17,15 @@ from safetensors.torch import load_file, save_file
 import shearling
 from faults import in_child_killed_at
 from models import save_tiny_source
-from runs import Silent, contents, recipe_values, write_text
+from runs import WHOLE_VALUES, Silent, contents, recipe_values, write_text
 from shearling import cli
 from shearling.errors import ArtifactError, ConfigError, OutputError, ShapeError, StorageError
 from shearling.io.files import RunLock
 from shearling.recipe import Recipe, dump_recipe, load_recipe
 from shearling.run import RunDirectory, run_path
 
-VALUES: dict[str, Any] = {
-    "source": "owner/model",
-    "target": {
-        "num_hidden_layers": 2,
-        "hidden_size": 36,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "intermediate_size": 24,
-    },
-    "data": {
-        "domains": {
-            "web": {"train": ["/text/web.jsonl"], "weight": 1.0},
-            "hub": {"dataset": "owner/text", "subset": "en", "revision": "main", "weight": 2.0},
-        },
-        "root": "/text",
-    },
-    "mixture": {"update": "static"},
-}
-OLD = load_recipe(VALUES)
-NEW = load_recipe(VALUES, ["seed=3"])
+OLD = load_recipe(WHOLE_VALUES)
+NEW = load_recipe(WHOLE_VALUES, ["seed=3"])
 
 
 def enter(out: Path, recipe: Recipe = OLD, **options: Any) -> list[str]:
@@ -84,9 +66,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 def test_a_run_that_is_not_told_where_to_go() -> None:
     assert run_path("recipes/tiny.yaml", None) == run_path(Path("/x/tiny.yml"), None) == Path("runs/tiny")
-    assert run_path("tiny.yaml", "there") == run_path(VALUES, Path("there")) == Path("there")
+    assert run_path("tiny.yaml", "there") == run_path(WHOLE_VALUES, Path("there")) == Path("there")
     for function in (shearling.run, shearling.prepare, shearling.prune, shearling.train):
-        for recipe in (VALUES, OLD):
+        for recipe in (WHOLE_VALUES, OLD):
             with pytest.raises(ConfigError, match=r"out: found nothing\. Give the directory"):
                 function(recipe)
 
@@ -183,7 +165,7 @@ def test_what_the_recipe_reads_is_not_overwritten(tmp_path: Path) -> None:
     before = begin(out)
     own = {"source": str(out / "model"), "data": {"domains": {"a": {"train": [str(out / "data" / "*.jsonl")]}}}}
     with pytest.raises(ConfigError, match="holds what the recipe reads") as refused:
-        enter(out, load_recipe(VALUES | own), overwrite=True)
+        enter(out, load_recipe(WHOLE_VALUES | own), overwrite=True)
     assert [problem.field for problem in refused.value.problems] == ["source", "data.domains.a"]
     assert kept(out) == before
 
@@ -332,7 +314,7 @@ def test_of_many_starters_exactly_one_wins(overwrite: bool, tmp_path: Path) -> N
 
 def test_some_accepted_and_some_not(tmp_path: Path) -> None:
     enter(tmp_path)
-    recipe = load_recipe(VALUES, ["train.steps=7", "prune.steps=9", "seed=1"])
+    recipe = load_recipe(WHOLE_VALUES, ["train.steps=7", "prune.steps=9", "seed=1"])
     with pytest.raises(ConfigError) as refused:
         enter(tmp_path, recipe, accept_changed=["train", "seed"])
     assert [problem.field for problem in refused.value.problems] == ["prune.steps", "seed"]
@@ -343,14 +325,14 @@ def test_a_change_that_comes_too_late_says_so(tmp_path: Path) -> None:
     enter(tmp_path)
     with RunDirectory(tmp_path, OLD) as directory:
         directory.do("prune", lambda: {}, Silent())
-    recipe = load_recipe(VALUES, ["train.steps=7", "prune.steps=9"])
+    recipe = load_recipe(WHOLE_VALUES, ["train.steps=7", "prune.steps=9"])
     prune, train = enter(tmp_path, recipe, accept_changed=["train.steps", "prune.steps"])
     assert prune == "accepted: prune.steps 3200 -> 9; too late: the stage prune is finished, and used 3200"
     assert train == "accepted: train.steps 48000 -> 7"
 
 
 def test_a_kill_while_a_change_is_recorded(tmp_path: Path) -> None:
-    k, killed, recipe = 0, True, load_recipe(VALUES, ["train.steps=7"])
+    k, killed, recipe = 0, True, load_recipe(WHOLE_VALUES, ["train.steps=7"])
     while killed:
         k += 1
         out = tmp_path / str(k)

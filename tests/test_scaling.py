@@ -240,7 +240,7 @@ def test_the_parts_of_the_manifest_go_together() -> None:
     assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
     volumes = {volume["name"]: volume for volume in pod["volumes"]}
     mounts = {mount["mountPath"]: volumes[mount["name"]] for mount in shear["volumeMounts"]}
-    assert mounts["/work"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
+    assert mounts["/shared"]["persistentVolumeClaim"]["claimName"] == claim["metadata"]["name"]
     assert mounts["/dev/shm"]["emptyDir"]["medium"] == "Memory"
 
 

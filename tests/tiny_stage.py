@@ -158,6 +158,14 @@ def poisoned(bad: Mapping[int, float], microbatch: int = 1) -> Callable[[tuple[i
     return look
 
 
+class Place(World):
+    """One process of several that are not there: it talks to nobody."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        super().__init__()
+        self.rank, self.size = rank, size
+
+
 class AskedToStop(World):
     """A world whose signal comes when told."""
 

@@ -237,6 +237,10 @@ def _preflight(directory: RunDirectory, source: Source, last: str, device: str, 
 
     `device`: `cpu`, `cuda` or `cuda:N`. `processes`: of the run; `here`: on this machine.
     """
+    import torch
+
+    from shearling.train.parallel import frees_after_forward
+
     recipe, remaining = directory.recipe, directory.remaining(STAGES[: STAGES.index(last) + 1])
     if "prune" in remaining:
         source.check()
@@ -246,7 +250,7 @@ def _preflight(directory: RunDirectory, source: Source, last: str, device: str, 
     check_writable(directory.path, disk_needed(source, recipe, remaining, directory.half_done())["total"])
     free = available_memory(device, here)
     training = [stage for stage in STAGES_THAT_TRAIN if stage in remaining]
-    keeps = recipe.runtime.reshard_after_forward is False or (recipe.runtime.reshard_after_forward is None and device == "cpu")
+    keeps = not frees_after_forward(recipe.runtime, torch.device(device))
     needed = {stage: stage_memory(source, recipe, stage, world_size=processes, keeps_gathered=keeps)["total"] for stage in training}
     return [text for stage, size in needed.items() if (text := memory_warning(stage, size, free))]
 

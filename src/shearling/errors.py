@@ -71,6 +71,10 @@ class ArtifactError(ProblemsError, ValueError):
     exit_code = 3
 
 
+class NewerFormatError(ArtifactError):
+    """A newer version wrote it: it is whole, and so no reason to fall back to an older one unasked."""
+
+
 class DataError(ProblemsError, ValueError):
     """Text is missing, unreadable, or too short."""
 

@@ -122,6 +122,8 @@ def _headline(report: Values) -> str:
     verify = _part(report, "verify")
     if "max_abs_logit_difference" in verify:
         relative = f"{_number(verify.get('relative_difference'), '.1e')} of the logits' size"
+        if "relative_difference_float64" in verify:
+            relative += f", all of it rounding: {_number(verify['relative_difference_float64'], '.1e')} in fp64"
         tiles.append(
             ("masked and cut model differ by", _number(verify["max_abs_logit_difference"], ".1e"), f"at most, in a logit; {relative}")
         )

@@ -69,10 +69,6 @@ class World:
         """The largest of all processes' values. A collective."""
         return value
 
-    def agree(self, flag: bool) -> bool:
-        """Whether the flag is set on any process. A collective."""
-        return bool(self.largest(int(flag)))
-
     def sum_(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place, to the same bits on each. A collective."""
         return tensor

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,22 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import save_tiny_source
 from shearling.errors import ArtifactError
 from shearling.io.loading import NOT_OURS, load_stock
 from shearling.sources import open_source
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("good") / "source"
-    save_tiny_source(path, "llama")
-    return path
-
-
-@pytest.fixture
-def source(good: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(good, tmp_path / "source"))
 
 
 def configure(directory: Path, **fields: Any) -> None:

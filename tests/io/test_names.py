@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from models import save_tiny_source, tiny_tokenizer
+from models import tiny_tokenizer
 from shearling.config import parse
 from shearling.data.config import DataConfig
 from shearling.data.origins import find_origins, survey
@@ -76,18 +76,11 @@ def _watch(event: str, arguments: tuple[Any, ...]) -> None:
 sys.addaudithook(_watch)
 
 
-@pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("good") / "source"
-    save_tiny_source(path, "llama")
-    return path
-
-
 @pytest.fixture
-def outside(good: Path, tmp_path: Path) -> Iterator[Path]:
+def outside(good_source: Path, tmp_path: Path) -> Iterator[Path]:
     """A sound safetensors file, which a reader would be glad of; opened by none."""
     global _watching
-    path = Path(shutil.copyfile(good / "model.safetensors", tmp_path / "secret.safetensors"))
+    path = Path(shutil.copyfile(good_source / "model.safetensors", tmp_path / "secret.safetensors"))
     _watching = True
     _opened.clear()
     yield path
@@ -118,10 +111,10 @@ def refused(error: type[ProblemsError], use: Callable[..., Any], *arguments: Any
 
 
 @pytest.mark.parametrize("case", EVIL)
-def test_the_index_of_the_weights(good: Path, tmp_path: Path, outside: Path, case: str) -> None:
+def test_the_index_of_the_weights(source: Path, outside: Path, case: str) -> None:
     """For our reader, for a source, and where plain transformers would follow it (5.23 does)."""
-    source = with_links(Path(shutil.copytree(good, tmp_path / "source")), outside)
-    names = list(load_file(good / "model.safetensors"))
+    with_links(source, outside)
+    names = list(load_file(source / "model.safetensors"))
     (source / "model.safetensors").unlink()
     weight_map = dict.fromkeys(names, evil_name(case, outside))
     (source / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
@@ -131,8 +124,7 @@ def test_the_index_of_the_weights(good: Path, tmp_path: Path, outside: Path, cas
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
-def test_weights_that_are_a_link_outside(good: Path, tmp_path: Path, outside: Path, name: str) -> None:
-    source = Path(shutil.copytree(good, tmp_path / "source"))
+def test_weights_that_are_a_link_outside(source: Path, outside: Path, name: str) -> None:
     (source / "model.safetensors").unlink()
     (source / name).symlink_to(outside)
     for use in (TensorReader, lambda path: load_stock(path, torch.float32, "pruned"), lambda path: open_source(path).check()):
@@ -140,18 +132,17 @@ def test_weights_that_are_a_link_outside(good: Path, tmp_path: Path, outside: Pa
 
 
 @pytest.mark.parametrize("case", EVIL)
-def test_the_weights_that_a_config_names(good: Path, tmp_path: Path, outside: Path, case: str) -> None:
+def test_the_weights_that_a_config_names(source: Path, outside: Path, case: str) -> None:
     """`transformers_weights`, which transformers would take in place of the file that we check."""
-    source = with_links(Path(shutil.copytree(good, tmp_path / "source")), outside)
+    with_links(source, outside)
     config = json.loads((source / "config.json").read_text()) | {"transformers_weights": evil_name(case, outside)}
     (source / "config.json").write_text(json.dumps(config))
     for use in (lambda path: load_stock(path, torch.float32, "pruned"), lambda path: open_source(path).load_model()):
         assert "transformers_weights" in refused(ArtifactError, use, source)
 
 
-def test_the_files_that_a_tokenizer_names(good: Path, tmp_path: Path) -> None:
+def test_the_files_that_a_tokenizer_names(source: Path, tmp_path: Path) -> None:
     """What a tokenizer_config.json says of files is let be: the tokenizer is that of the directory."""
-    source = Path(shutil.copytree(good, tmp_path / "source"))
     tiny_tokenizer(60).save_pretrained(tmp_path / "elsewhere")
     path = source / "tokenizer_config.json"
     other = str(tmp_path / "elsewhere" / "tokenizer.json")
@@ -201,15 +192,15 @@ def test_what_is_no_hub_id_is_not_asked_for(monkeypatch: pytest.MonkeyPatch, tmp
     refused(ArtifactError, lambda: open_source(spec).check())
 
 
-def test_archives_are_refused(good: Path, tmp_path: Path) -> None:
+def test_archives_are_refused(good_source: Path, tmp_path: Path) -> None:
     """Of a source, prepared text and a checkpoint, and of plans and text: by their names, and under the names of other files."""
     packed = {}
     for ending, mode in (("tar", "w"), ("tar.gz", "w:gz")):
         with tarfile.open(tmp_path / f"x.{ending}", mode) as archive:  # type: ignore[call-overload]
-            archive.add(good, "../source")
+            archive.add(good_source, "../source")
         packed[ending] = (tmp_path / f"x.{ending}").read_bytes()
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as zipped:
-        for path in good.iterdir():
+        for path in good_source.iterdir():
             zipped.write(path, f"../source/{path.name}")
     packed["zip"] = (tmp_path / "x.zip").read_bytes()
     before = {path.name for path in tmp_path.parent.iterdir()}

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_masked_equals_cut import wholly_double
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import AutoModelForCausalLM
 
@@ -15,6 +14,7 @@ from shearling.arch.families import anatomy_of
 from shearling.objectives.lm import token_losses
 from shearling.prune.attach import Attachment
 from shearling.prune.gates import GateSpec, gate_specs
+from test_masked_equals_cut import wholly_double
 
 IDS = torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(1))
 

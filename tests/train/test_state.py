@@ -21,7 +21,7 @@ from shearling.train.parallel import local
 from shearling.train.saver import Saver
 from shearling.train.state import pack, unpack
 from shearling.world import World
-from tiny_stage import Stage, bits
+from tiny_stage import Place, Stage, bits
 
 SHAPES: dict[str, tuple[int, ...]] = {"wide": (7, 3), "tall": (2, 5), "long": (9,), "scalar": (), "unused": (4,)}
 
@@ -191,12 +191,6 @@ def test_gates_that_do_not_fit_are_refused_before_anything_changes(misfit: str, 
 
 
 # Sharded: each process of a number of them in turn, with torch's process group that exchanges nothing.
-
-
-class Place(World):
-    def __init__(self, rank: int, size: int) -> None:
-        super().__init__()
-        self.rank, self.size = rank, size
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from shearling.arch.families import Anatomy
-from shearling.errors import ArtifactError, Problem
+from shearling.errors import ArtifactError, NewerFormatError, Problem
 from shearling.io.files import read_json, write_atomic
 from shearling.io.tensors import shortened, shown
 from shearling.shapes import PRUNABLE, shape_of
@@ -68,7 +68,7 @@ def load_plan(path: Path) -> PrunePlan:
     version = values.get("format")
     if type(version) is int and version > FORMAT:
         found, remedy = f"format {version}; this version reads up to {FORMAT}", "Use the version of Shearling that wrote it."
-        raise ArtifactError(f"{path}: a plan of a newer version", [Problem("format", found, remedy)])
+        raise NewerFormatError(f"{path}: a plan of a newer version", [Problem("format", found, remedy)])
     problems = [] if type(version) is int and version == FORMAT else [_wrong("format", version, f"This version reads format {FORMAT}.")]
     source, target = (values[side] if isinstance(values.get(side), dict) else {} for side in ("source", "target"))
     for name, value, kind in (

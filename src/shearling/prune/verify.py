@@ -1,11 +1,17 @@
-"""Masked equals cut: the logits of the hardened gated model against those of the cut model; and where not, which tensor is to blame."""
+"""Masked equals cut: the logits of the hardened gated model against those of the cut model; and where not, which tensor is to blame.
+
+In fp32 first. Weights that grow a few activations to the ten thousands, as pretrained ones do, grow their rounding along: on single
+tokens two ways to compute one function can differ by far more than fp32's precision. Where they differ by more than the tolerance but
+by no more than rounding might, both are computed once more in fp64, in which a difference is a mistake.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +19,15 @@ from torch import Tensor, nn
 from shearling.arch.axes import parse_pattern
 from shearling.arch.families import Anatomy
 from shearling.errors import NumericsError
+from shearling.io.tensors import MemoryReader
 from shearling.prune.attach import Attachment
 
 TOLERANCE = 1e-4
 """Largest difference that may be published, relative to the range of the logits, in fp32."""
+ROUNDING = 1e-2
+"""Largest difference in fp32 that may come of rounding, and is looked at again in fp64."""
+TOLERANCE_FLOAT64 = 1e-8
+"""Largest difference that may be published, relative to the range of the logits, in fp64."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,63 @@ def masked_logits(model: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor
     with Attachment(model, anatomy) as gates:
         gates.set(masks)
         return logits_of(model, ids_BT)
+
+
+@contextmanager
+def in_float64(model: nn.Module, weights: Weights) -> Iterator[None]:
+    """Let a model, whatever its dtype, compute in fp64 from `weights`, of which one module's at a time are held in fp64.
+
+    Its own weights only have to have their names. Norms compute in fp64 too, where the stock ones round to fp32. Gates are
+    attached inside.
+    """
+    handles = []
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if not own:
+            continue
+
+        def before(module: nn.Module, args: object, own: dict[str, nn.Parameter] = own) -> None:
+            for name, parameter in own.items():
+                exact = weights.get(names[id(parameter)]).detach().to(parameter.device, torch.float64)
+                module._parameters[name] = nn.Parameter(exact, requires_grad=False)
+
+        def norm(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> Tensor | None:
+            if not hasattr(module, "variance_epsilon"):
+                return None
+            weight, epsilon = cast("Tensor", module.weight), cast("float", module.variance_epsilon)
+            return weight * args[0] * torch.rsqrt(args[0].square().mean(-1, keepdim=True) + epsilon)
+
+        def after(module: nn.Module, args: object, out: object, own: dict[str, nn.Parameter] = own) -> None:
+            module._parameters.update(own)
+
+        handles += [
+            module.register_forward_pre_hook(before),
+            module.register_forward_hook(norm),
+            module.register_forward_hook(after, always_call=True),
+        ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def compare_in_float64(
+    model: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor], weights: Weights, cut: nn.Module, ids_BT: Tensor
+) -> Difference:
+    """Compare the gated and the cut model in fp64.
+
+    Args:
+        model: a model of the source's config, of any dtype; its weights do not count.
+        weights: the source's tensors by their full names.
+    """
+    state = cut.state_dict()
+    with in_float64(model, weights):
+        expected = masked_logits(model, anatomy, {axis: mask.to(ids_BT.device, torch.float64) for axis, mask in masks.items()}, ids_BT)
+    with in_float64(cut, MemoryReader(state)):
+        return difference_of(expected, logits_of(cut, ids_BT))
 
 
 @torch.no_grad()

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shearling.board import told
-from shearling.errors import ArtifactError, Problem
+from shearling.errors import ArtifactError, NewerFormatError, Problem
 from shearling.io.files import parse_json, read_json, remove_tree, replace_directory, safe_join, sha256_file, storage_errors, write_atomic
 from shearling.io.tensors import TensorReader, write_tensors
 from shearling.world import World
@@ -37,10 +37,6 @@ if TYPE_CHECKING:
 FORMAT = 2
 _NAME = re.compile(r"step-(\d{8,})")
 _REMEDY = "Delete this checkpoint, or go on from another."
-
-
-class _NewerFormatError(ArtifactError):
-    """Written by a newer version: no reason to fall back to an older checkpoint unasked."""
 
 
 @dataclass(frozen=True)
@@ -132,9 +128,9 @@ def load(folder: Path, step: int | None = None, world: World | None = None) -> C
     for candidate in sorted(found, reverse=True):
         try:
             return world.everywhere(lambda: _read(directory_of(folder, candidate), candidate, world))  # noqa: B023 (called at once)
+        except NewerFormatError:
+            raise
         except ArtifactError as error:
-            if _says_newer(error):
-                raise
             if world.first:
                 warnings.warn(f"checkpoint passed over: {error}", stacklevel=2)
             problems += error.problems
@@ -149,14 +145,6 @@ def steps(folder: Path) -> dict[int, Path]:
         return {}
     matches = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir())
     return dict(sorted((int(match[1]), path) for match, path in matches if match and match[0] == f"step-{int(match[1]):08d}"))
-
-
-def _says_newer(error: ArtifactError) -> bool:
-    """An error that came from another process has lost its class."""
-    return isinstance(error, _NewerFormatError) or error.headline.endswith(_NEWER)
-
-
-_NEWER = "a checkpoint of a newer version"
 
 
 def _read(path: Path, step: int, world: World) -> Checkpoint:
@@ -220,7 +208,7 @@ def _files(path: Path, step: int) -> tuple[int, dict[str, dict[str, Any]]]:
     version = values.get("format") if isinstance(values, dict) else None
     if isinstance(version, int) and version > FORMAT:
         found, remedy = f"format {version}; this version reads up to {FORMAT}", "Use the version of Shearling that wrote it."
-        raise _NewerFormatError(f"{path}: {_NEWER}", [Problem(str(manifest), found, remedy)])
+        raise NewerFormatError(f"{path}: a checkpoint of a newer version", [Problem(str(manifest), found, remedy)])
     files = values.get("files") if version in (1, FORMAT) and values.get("step") == step else None
     sound = isinstance(files, dict) and all(isinstance(e, dict) and e.keys() == {"bytes", "sha256"} for e in files.values())
     if not isinstance(version, int) or not isinstance(files, dict) or not sound or "state.json" not in files:

@@ -80,15 +80,18 @@ def unpack(
     # counts in the dtype in which torch makes them itself
     dtype = torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
     state: dict[int, dict[str, Any]] = {}
+    moments: dict[str, list[str]] = {}  # parameter -> names of its moments
+    for path in saved.shapes:
+        part, _, rest = path.partition("/")
+        if part == "optimizer":
+            key, _, of = rest.partition("/")
+            moments.setdefault(of, []).append(key)
     for index, parameter in enumerate(ordered):
         name = names[id(parameter)]
-        for path in saved.shapes:
-            part, _, rest = path.partition("/")
-            key, _, of = rest.partition("/")
-            if part == "optimizer" and of == name:
-                moment = torch.empty_like(parameter, requires_grad=False)
-                _fill(moment, saved, path, world)
-                state.setdefault(index, {})[key] = moment
+        for key in moments.get(name, []):
+            moment = torch.empty_like(parameter, requires_grad=False)
+            _fill(moment, saved, f"optimizer/{key}/{name}", world)
+            state.setdefault(index, {})[key] = moment
         for key, values in scalars.items():
             if name in values:
                 state.setdefault(index, {})[key] = torch.tensor(values[name], dtype=dtype)

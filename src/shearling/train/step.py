@@ -160,6 +160,14 @@ class GradientSums:
 
 def squared_norm(parameters: Sequence[Tensor]) -> Tensor:
     """Square of the norm of the gradients' part on this process, a scalar in fp64: so fine that, rounded to fp32, the norm is the same
-    however they are sharded (but for one in some ten million, where a sum lies on the edge of rounding)."""
-    squares = [torch.linalg.vector_norm(local(p.grad), dtype=torch.float64).square() for p in parameters if p.grad is not None]
+    however they are sharded (but for one in some ten million, where a sum lies on the edge of rounding).
+
+    It goes piece by piece, since on a CPU an fp64 norm makes an fp64 copy of what it reads: of a whole embedding, gigabytes.
+    """
+    flat = [local(p.grad).reshape(-1) for p in parameters if p.grad is not None]
+    pieces = [values[start : start + _PIECE] for values in flat for start in range(0, len(values), _PIECE)]
+    squares = [torch.linalg.vector_norm(piece, dtype=torch.float64).square() for piece in pieces]
     return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64)
+
+
+_PIECE = 2**22  # elements, 32 MiB in fp64
