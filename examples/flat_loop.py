@@ -2,7 +2,7 @@
 
 Targeted structured pruning (section 2.1) and dynamic batch loading (section 2.2) of Sheared LLaMA, arXiv 2310.06694, as the
 stages `prune` and `train` of a run do them; a test holds both to the same loss at every step. fp32 on the CPU, Taylor start,
-projected constraint, gates without noise. Left out is what a run needs beyond the method: checkpoints, logs, checks, GPUs.
+projected constraint, hard-concrete gates without noise. Left out is what a run needs beyond the method: checkpoints, logs, checks, GPUs.
 
 Shapes: L layers, D channels of the residual stream, G key/value heads, Q query heads in each, H channels of a head, M neurons,
 R sequences, T tokens. A vector of gates is the last dimension of a tensor of gates.
@@ -86,9 +86,10 @@ def shear(source_dir, data_dir, target, *, prune, train, mixture, shares=None, e
     share}, equal if left out. `out`: where the result is saved.
     """
     rule = prune["gates"]
-    chosen = (rule["start"], rule["constraint"], rule["shared_second_moment"], rule["noise"], rule["final_noise"], mixture["update"])
-    if chosen != ("scores", "projected", True, 0.0, 0.0, "paper"):
-        raise ValueError(f"only the defaults of start, constraint, second moment, noise and mixture are written out here, not {chosen}")
+    fields = ("kind", "start", "constraint", "shared_second_moment", "noise", "final_noise")
+    chosen = (*(rule[field] for field in fields), mixture["update"])
+    if chosen != ("hard_concrete", "scores", "projected", True, 0.0, 0.0, "paper"):
+        raise ValueError(f"only the defaults of {', '.join(fields)} and the mixture's update are written out here, not {chosen}")
     steps, history = prune["steps"], []
     model = AutoModelForCausalLM.from_pretrained(source_dir, dtype=torch.float32)
     anatomy = anatomy_of(model.config.to_dict())

@@ -28,6 +28,7 @@ WHOLE_VALUES: dict[str, Any] = {
         "root": "/text",
     },
     "mixture": {"update": "static"},
+    "train": {"lora": {}},
 }
 """Plain values of a recipe of which every field can have another value; it is not there to be run."""
 _FORKSERVER = multiprocessing.get_context("forkserver")

@@ -24,6 +24,7 @@ from shearling.train.step import train_step
 EXAMPLE = str(Path(__file__).parents[1] / "examples" / "flat_loop.py")
 STEPS = {"prune": 12, "train": 10}
 GATES = {
+    "kind": "hard_concrete",
     "start": "scores",
     "start_low": 1.6,
     "calibration_sequences": 4,

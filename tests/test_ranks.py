@@ -176,7 +176,7 @@ def poison_three_steps(rank: int) -> None:
 
 
 def fail_rank_0_when_publishing(rank: int) -> None:
-    from shearling import stages
+    from shearling import pruning
     from shearling.io.files import storage_errors
 
     if rank == 0:
@@ -185,7 +185,7 @@ def fail_rank_0_when_publishing(rank: int) -> None:
             with storage_errors("pruned"):
                 raise OSError(28, "No space left on device")
 
-        stages.publish_model = publish_model  # type: ignore[assignment]
+        pruning.publish_model = publish_model  # type: ignore[assignment]
 
 
 def fail_rank_1_when_loading(rank: int) -> None:

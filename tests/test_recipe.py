@@ -173,7 +173,7 @@ def others(value: Any) -> Iterator[Any]:
     elif isinstance(value, str):
         yield from (f"{value}2", None)
     elif isinstance(value, list):
-        yield from (value[::-1], [*value, "/text/more.txt"])
+        yield from (value[::-1], [*value, "/text/more.txt"], [item + 1 for item in value if isinstance(item, int)])
     elif value is None:
         yield from (True, 16, 0.5, "more", ["/text/more.txt"])
 
@@ -187,7 +187,7 @@ def mutated(field: str, annotation: Any) -> Iterator[tuple[str, Recipe]]:
         for parent in parents:
             node = node[parent]
         before = node[last]
-        for value in (*options(annotation), *others(before)):
+        for value in (*options(annotation), *([option] for option in options(annotation)), *others(before)):
             if value == before:
                 continue
             node[last] = value
@@ -202,7 +202,7 @@ def mutated(field: str, annotation: Any) -> Iterator[tuple[str, Recipe]]:
 def test_every_field_that_changes_is_named_and_accepted_only_if_asked(tmp_path: Path) -> None:
     freed, fixed = set(), set()
     for pattern, annotation in leaves(Recipe):
-        if pattern == "prune.method":  # never changes alone: see the test below
+        if pattern in ("prune.method", "prune.cuts"):  # never change alone: see the test below
             continue
         changes = list(mutated(pattern, annotation))
         assert changes, f"{pattern}: no other value was found"
@@ -282,10 +282,14 @@ def test_a_mistake_is_found_within_a_second_and_without_torch(change: dict[str, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_method_that_does_not_learn_takes_no_steps() -> None:
+def test_a_method_that_does_not_learn_takes_steps_and_cuts_where_they_are_given() -> None:
     whole = WHOLE.model_dump(mode="json")
     recipe = load_recipe({**whole, "prune": {"method": "minitron"}})
     assert recipe.prune.steps == 0 and load_recipe(recipe).prune == recipe.prune
     assert [field for field, _, _ in differences(WHOLE, recipe) if field.startswith("prune.method")] == ["prune.method"]
-    with pytest.raises(ConfigError, match="minitron decides by scores alone"):
-        load_recipe({**whole, "prune": {"method": "minitron", "steps": 5}})
+    staged = load_recipe({**whole, "prune": {"method": "minitron", "steps": 5, "cuts": 5}})
+    assert ("prune.cuts", "1", "5") in differences(recipe, staged) and load_recipe(staged).prune == staged.prune
+    with pytest.raises(ConfigError, match=r"Cuts \(6\) must not be more than steps \(5\)"):
+        load_recipe({**whole, "prune": {"method": "minitron", "steps": 5, "cuts": 6}})
+    with pytest.raises(ConfigError, match="narrows at every step"):
+        load_recipe({**whole, "prune": {"cuts": 2}})

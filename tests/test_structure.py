@@ -19,11 +19,11 @@ from shearling import api, cli
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "shearling"
 LEVELS: dict[str, int] = {
-    **dict.fromkeys(("errors", "io"), 0),
+    **dict.fromkeys(("errors", "io", "modeling_sheared"), 0),
     **dict.fromkeys(("config", "arch", "shapes", "schedules", "board", "world"), 1),
     **dict.fromkeys(("prune", "data", "objectives"), 2),
     **dict.fromkeys(("train", "evaluate", "sources", "export"), 3),
-    **dict.fromkeys(("recipe", "planning", "run", "show", "stages", "measure", "pictures", "report", "progress", "api"), 4),
+    **dict.fromkeys(("recipe", "planning", "run", "show", "stages", "pruning", "measure", "pictures", "report", "progress", "api"), 4),
     **dict.fromkeys(("cli", "__init__", "__main__"), 5),
 }
 """Level of every room: a file, or a folder as a whole. A room imports from its own level and below."""

@@ -1,6 +1,9 @@
 """Shearling: shear a pretrained language model to exactly the shape you can serve.
 
 The commands of `shearling --help` are functions here with the same names and defaults. Nothing heavy is imported before it is used.
+
+Once this package is imported, transformers' AutoConfig and AutoModelForCausalLM load models whose layers differ (model_type "sheared"),
+whichever of the two was imported first.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shearling.api import evaluate, methods, plan, prepare, prune, reference, report, run, train
+    from shearling.api import evaluate, methods, pad, plan, prepare, prune, reference, report, run, train
     from shearling.errors import (
         ArtifactError,
         ConfigError,
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from shearling.shapes import Target
 
 _HOMES = {
-    "shearling.api": ("evaluate", "methods", "plan", "prepare", "prune", "reference", "report", "run", "train"),
+    "shearling.api": ("evaluate", "methods", "pad", "plan", "prepare", "prune", "reference", "report", "run", "train"),
     "shearling.errors": (
         "ArtifactError",
         "ConfigError",
@@ -59,6 +62,7 @@ __all__ = [
     "evaluate",
     "load_recipe",
     "methods",
+    "pad",
     "plan",
     "prepare",
     "prune",
@@ -90,3 +94,63 @@ class _Package(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Package
+
+
+class _Deferred(type):
+    """Type of a class that is `ShearedConfig` to whoever asks anything of it, and imports that, with seconds of torch, only then."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return importlib.import_module(_SHEARED).ShearedConfig(*args, **kwargs)
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(importlib.import_module(_SHEARED).ShearedConfig, name)
+
+
+class _Sheared(metaclass=_Deferred):
+    """Stands for `ShearedConfig` in transformers' table."""
+
+
+def _announce(auto: Any) -> None:
+    """Enter the model type "sheared"; `auto` is transformers' module of AutoConfig."""
+    auto.AutoConfig.register("sheared", _Sheared, exist_ok=True)
+
+
+def _register(sheared: Any) -> None:
+    """Enter the classes themselves; `sheared` is our module of them."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoConfig.register("sheared", sheared.ShearedConfig, exist_ok=True)
+    AutoModelForCausalLM.register(sheared.ShearedConfig, sheared.ShearedForCausalLM, exist_ok=True)
+
+
+_SHEARED = "shearling.modeling_sheared"
+_AUTO = "transformers.models.auto.configuration_auto"
+_THEN = {_AUTO: _announce, _SHEARED: _register}
+"""What is done right after a module was imported."""
+
+
+class _AfterImport:
+    """A finder of modules that finds none itself: it sees to it that what `_THEN` says is done after an import."""
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> Any:
+        if name not in _THEN:
+            return None
+        others = sys.meta_path[sys.meta_path.index(cls) + 1 :]
+        spec = next((spec for finder in others if (spec := finder.find_spec(name, path, target))), None)
+        if spec and spec.loader:
+            execute = spec.loader.exec_module
+
+            def execute_then(module: ModuleType) -> None:
+                execute(module)
+                _THEN[name](module)
+
+            spec.loader.exec_module = execute_then  # type: ignore[method-assign]
+        return spec
+
+
+sys.meta_path.insert(0, _AfterImport)
+if _AUTO in sys.modules:
+    _announce(importlib.import_module(_AUTO))

@@ -12,16 +12,28 @@ from typing import TYPE_CHECKING, Any
 from shearling.arch.families import Anatomy
 from shearling.config import parse
 from shearling.errors import ArtifactError, Problem
-from shearling.io.files import check_writable, read_json, write_atomic
-from shearling.planning import STAGES_THAT_TRAIN, available_memory, describe, disk_needed, memory_warning, sizes, stage_memory
+from shearling.io.files import check_writable, read_json, refuse_existing, write_atomic
+from shearling.planning import (
+    STAGES_THAT_TRAIN,
+    available_memory,
+    describe,
+    disk_needed,
+    expected_target,
+    memory_warning,
+    sizes,
+    stage_memory,
+)
 from shearling.recipe import Recipe, RecipeLike, load_recipe
 from shearling.run import RunDirectory, check_artifacts, run_path
-from shearling.shapes import Target, target_anatomy
+from shearling.shapes import Target, anatomy_of_shape
 from shearling.show import Shielded, Show, Silent
 from shearling.sources import Source, open_source
 from shearling.world import World, join, restarted
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from shearling.io.tensors import ShardWriter
     from shearling.stages import Context
 
 STAGES = ("prepare", "source", "prune", "train", "evaluate")
@@ -137,6 +149,41 @@ def evaluate(
     return measure_model(open_source(model), Path(data), batch_size=batch_size, speed=speed, precision=precision, device=device)
 
 
+def pad(model: str | Path, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
+    """Write a model whose blocks differ as a stock checkpoint in `out` that computes the same: every block as large as the largest.
+
+    Returns:
+        `before` and `after`: parameters; `ratio`: what that costs; `relative_difference`: of the logits, which is checked.
+    """
+    import torch
+
+    from shearling.export import publish_model
+    from shearling.prune.pad import pad_to_uniform, padded_config, padding_cost
+    from shearling.prune.verify import compare_logits, logits_of, require_equal
+
+    source, final = open_source(model), Path(out)
+    if not overwrite:
+        refuse_existing(final)
+    reader = source.reader()
+    uniform, tensors = pad_to_uniform(source.anatomy, reader)
+    ids_BT = torch.arange(64).reshape(2, 32) % source.anatomy.sizes["vocab"]
+    original = source.load_model()
+    dtype, expected = reader.get(next(iter(source.anatomy.tensors()))).dtype, logits_of(original, ids_BT)
+    found = padding_cost(source.anatomy)
+
+    def write(writer: ShardWriter) -> None:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+
+    def verify(padded: PreTrainedModel) -> None:
+        difference = compare_logits(padded.float(), expected, ids_BT)
+        require_equal(difference, what="the model and the padded one")
+        found["relative_difference"] = difference.relative_difference
+
+    publish_model(write, padded_config(source.config, uniform), source.save_companions, final, dtype, verify, replace=final.exists())
+    return found
+
+
 def report(out: str | Path) -> dict[str, Any]:
     """Write `report.json` and `report.html` of a run directory from what its finished stages found; return the former."""
     from shearling.report import write_report
@@ -213,18 +260,20 @@ def _through(
 def _checked(recipe: Recipe, last: str, world: World, overwrite: bool) -> tuple[Source, str]:
     """The source, and the device of this process; raises what can be known to be wrong without the run directory."""
     source = open_source(recipe.source)
-    target_anatomy(source.anatomy, recipe.target or Target())
+    expected_target(source, recipe)
     if last == "prepare":
         return source, "cpu"
     from shearling.train.optim import choose_device
     from shearling.train.parallel import check_microbatches
 
-    if recipe.target is not None:
-        from shearling.prune.gates import gate_specs
-        from shearling.prune.methods import choose_scores, find
+    if recipe.train.lora:
+        from shearling.train.lora import check_targets
 
-        specs = gate_specs(source.anatomy, target_anatomy(source.anatomy, recipe.target))
-        choose_scores(find(recipe.prune.method), recipe.prune.scores, specs)
+        check_targets(recipe.train.lora, source.anatomy)
+    if recipe.target is not None:
+        from shearling.prune.methods import choose
+
+        choose(recipe.prune, recipe.target, source.anatomy)
     check_microbatches({"prune": recipe.prune, "train": recipe.train}, world.size)
     device = choose_device(recipe.runtime, world.local_rank, world.local_size)
     if overwrite:  # before anything is deleted
@@ -257,7 +306,7 @@ def _preflight(directory: RunDirectory, source: Source, last: str, device: str, 
 
 def _work(name: str, context: Context, directory: RunDirectory) -> Callable[[], dict[str, Any]]:
     """The work of one stage, with what it needs of the stages before it."""
-    from shearling import stages
+    from shearling import pruning, stages
 
     def found(stage: str) -> dict[str, Any]:
         result = context.world.rank0_decides(lambda: directory.result(stage))
@@ -267,7 +316,7 @@ def _work(name: str, context: Context, directory: RunDirectory) -> Callable[[], 
     works: dict[str, Callable[[], dict[str, Any]]] = {
         "prepare": lambda: stages.prepare_data(context),
         "source": lambda: stages.measure_source(context),
-        "prune": lambda: stages.prune(context, found("source"), stages.starting_shares(context)),
+        "prune": lambda: pruning.prune(context, found("source"), stages.starting_shares(context)),
         "train": lambda: stages.train(context, found("prune"), found("source")),
         "evaluate": lambda: stages.measure_result(context),
     }
@@ -294,15 +343,16 @@ def _report(path: Path, recipe: Recipe, source: Source, show: Show) -> dict[str,
 
 
 def _write_numbers(path: Path, recipe: Recipe, source: Source, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    target = target_anatomy(source.anatomy, recipe.target or Target())
-    values = summarise(path, recipe, source.anatomy, target) | dict(more or {})
+    values = summarise(path, recipe, source.anatomy, expected_target(source, recipe)) | dict(more or {})
     write_atomic(path / "report.json", json.dumps(values, indent=1) + "\n")
     return values
 
 
 def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> dict[str, Any]:
-    """What `report.json` holds: whatever the finished stages of a run directory found."""
+    """What `report.json` holds: whatever the finished stages of a run directory found; `target` is what pruning was expected to give."""
     found = {name: read_json(path / "stages" / f"{name}.json") for name in STAGES if (path / "stages" / f"{name}.json").exists()}
+    if "shape" in found.get("prune", {}):
+        target = anatomy_of_shape(source, found["prune"]["shape"])
     values: dict[str, Any] = {
         "shearling": version("shearling"),
         "seed": recipe.seed,

@@ -127,6 +127,17 @@ def evaluate(
 
 
 @app.command()
+def pad(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model whose blocks differ in size.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to write the stock checkpoint.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """Write a model whose blocks differ as a stock checkpoint that computes the same, padded with zeros."""
+    found = api.pad(model, out, overwrite=overwrite)
+    typer.echo(f"{found['before']:,} -> {found['after']:,} parameters ({found['ratio']:.2f} times): {out}")
+
+
+@app.command()
 def report(out: Annotated[Path, typer.Argument(metavar="DIR", help="A run directory, finished or not.")]) -> None:
     """Write report.json and report.html of a run directory again."""
     _finish(api.report(out), out)

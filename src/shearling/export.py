@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shearling.arch.families import anatomy_of
+from shearling.arch.families import SHEARED, anatomy_of
 from shearling.errors import NumericsError
 from shearling.io.files import (
     check_writable,
@@ -61,14 +62,21 @@ def stage_model(staged: Path, config: Mapping[str, Any], companions: Callable[[P
     """Write config.json and what `companions` writes (tokenizer, chat template, generation config) to a directory.
 
     `config`: the plain values of a config.json, with the sizes of the model being written. `architectures`, `dtype` and
-    `transformers_version` are filled in; what held for the source alone (quantisation, custom code) is left out.
+    `transformers_version` are filled in, and where blocks differ the code that loads it is put beside it; what held for the source
+    alone (quantisation, custom code) is left out.
     """
     import transformers
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     anatomy_of(config)
     values = {key: value for key, value in config.items() if key not in (*NOT_OURS, "torch_dtype")}
-    values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
+    if config["model_type"] == SHEARED:
+        from shearling import modeling_sheared
+
+        values |= {"architectures": [modeling_sheared.ShearedForCausalLM.__name__], "auto_map": modeling_sheared.AUTO_MAP}
+        shutil.copyfile(modeling_sheared.__file__, staged / "modeling_sheared.py")
+    else:
+        values["architectures"] = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config["model_type"]]]
     values["dtype"] = str(dtype).removeprefix("torch.")
     values["transformers_version"] = transformers.__version__
     companions(staged)

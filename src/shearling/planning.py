@@ -13,8 +13,9 @@ from typing import Any
 from shearling.arch.axes import PER_LAYER, count
 from shearling.arch.families import Anatomy
 from shearling.data.config import DataConfig, DomainConfig
+from shearling.errors import ShapeError
 from shearling.recipe import Recipe
-from shearling.shapes import PRUNABLE, Target, find_problems, nearest_feasible, shape_of, target_anatomy
+from shearling.shapes import PRUNABLE, Target, nearest_feasible, shape_of, target_anatomy
 from shearling.sources import Source
 from shearling.train.config import FitConfig
 
@@ -28,18 +29,21 @@ _DEFAULTS = Recipe(source="source", data=DataConfig(domains={"text": DomainConfi
 def describe(source: Source, target: Target, recipe: Recipe | None = None) -> dict[str, Any]:
     """The plan as JSON values; see `shearling.api.plan`."""
     anatomy = source.anatomy
-    problems = find_problems(anatomy, target)
+    asked = (recipe or _DEFAULTS).model_copy(update={"target": target})
+    try:
+        cut, problems = expected_target(source, asked), []
+    except ShapeError as error:
+        cut, problems = anatomy, list(error.problems)
     found: dict[str, Any] = {
         "source": {"name": source.name, **sizes(anatomy)},
         "feasible": not problems,
         "problems": [vars(problem) for problem in problems],
-        "nearest": nearest_feasible(anatomy, target) if problems else None,
+        "nearest": nearest_feasible(anatomy, target) if problems and target.parameters is None else None,
         "target": None,
     }
     if problems:
         return found
-    asked = (recipe or _DEFAULTS).model_copy(update={"target": target})
-    cut, length = target_anatomy(anatomy, target), asked.data.sequence_length
+    length = asked.data.sequence_length
     return found | {
         "target": sizes(cut),
         "ratio": round(cut.parameters() / anatomy.parameters(), 4),
@@ -50,6 +54,11 @@ def describe(source: Source, target: Target, recipe: Recipe | None = None) -> di
     }
 
 
+def expected_target(source: Source, recipe: Recipe) -> Anatomy:
+    """The shape that a recipe asks for. Of a budget of parameters the uniform one that meets it, which a method may depart from."""
+    return target_anatomy(source.anatomy, recipe.target or _NO_TARGET, recipe.prune.axes or PRUNABLE)
+
+
 def sizes(anatomy: Anatomy) -> dict[str, Any]:
     """Parameters, parameters by part, and shape of a model."""
     parts = anatomy.parameters_by_part()
@@ -58,7 +67,7 @@ def sizes(anatomy: Anatomy) -> dict[str, Any]:
 
 def stage_memory(source: Source, recipe: Recipe, stage: str, *, world_size: int = 1, keeps_gathered: bool = False) -> dict[str, int]:
     """Bytes that `prune` or `train` takes on each of `world_size` processes; see `training_memory`."""
-    cut = target_anatomy(source.anatomy, recipe.target or _NO_TARGET)
+    cut = expected_target(source, recipe)
     pruning = stage == "prune"
     return training_memory(
         source.anatomy if pruning else cut,
@@ -161,7 +170,7 @@ def disk_needed(source: Source, recipe: Recipe, stages: Collection[str], there: 
         stages: of `prepare`, `prune` and `train` those that are not done; others write next to nothing.
         there: stage -> bytes there already of what it writes, which it goes on from or replaces.
     """
-    cut = target_anatomy(source.anatomy, recipe.target or _NO_TARGET)
+    cut = expected_target(source, recipe)
     data, runtime, there = recipe.data, recipe.runtime, there or {}
     peak = staying = 0
     for stage in (stage for stage in STAGES_THAT_TRAIN if stage in stages):
@@ -218,9 +227,10 @@ def describe_text(found: dict[str, Any]) -> str:
     """What `describe` found, for reading."""
     lines = [f"source  {found['source']['name']}: {found['source']['parameters']:,} parameters"]
     if not found["feasible"]:
-        nearest = ",".join(f"{field}={size}" for field, size in found["nearest"].items())
+        nearest = ",".join(f"{field}={size}" for field, size in (found["nearest"] or {}).items())
         problems = [f"  - {p['field']}: found {p['found']}. {p['remedy']}" for p in found["problems"]]
-        return "\n".join([*lines, "this target cannot be cut:", *problems, f"the nearest that can: --target {nearest}"])
+        ending = [f"the nearest that can: --target {nearest}"] if nearest else []
+        return "\n".join([*lines, "this target cannot be cut:", *problems, *ending])
     lines += [f"target  {found['target']['parameters']:,} parameters, {found['ratio']:.1%} of the source", ""]
     lines += [f"{'part':12s}{'source':>16s}{'target':>16s}"]
     for part, number in found["source"]["parameters_by_part"].items():

@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from shearling.config import Config, override, parse, read_yaml
 from shearling.data.config import DataConfig, MixtureConfig
-from shearling.prune.config import LEARNED, GateConfig
+from shearling.prune.config import LEARNED, AllocationConfig, GateConfig
 from shearling.shapes import Target
 from shearling.train.config import Count, FitConfig, Fraction, RuntimeConfig, TrainConfig
 
@@ -24,8 +24,18 @@ class PruneConfig(FitConfig):
     """How to choose what to keep; `shearling methods` lists them."""
     scores: str | dict[str, str] | None = None
     """Scores in the place of the method's own: one for all axes, or {axis: score}; `shearling methods` lists them."""
+    axes: Annotated[list[Literal["layer", "hidden", "group", "query", "neuron"]], Field(min_length=1)] | None = None
+    """What may be pruned: [layer] is depth pruning. Left out, what the target names, or, under a budget, what the method prunes."""
+    shape: Literal["uniform", "per_layer"] | None = None
+    """Under a budget: whether blocks stay alike, or get sizes of their own (and the checkpoint our model class); else the method's."""
+    allocation: AllocationConfig = AllocationConfig()
+    """How a method that finds its own shape spreads a budget."""
     steps: Annotated[int, Field(ge=0)] = 3200
-    """Optimizer steps of a method that learns; with 0 its scores alone decide. 0 for all other methods."""
+    """Optimizer steps: of learning gates, or between and after the cuts of other methods (0 if left out); with 0, scores decide alone."""
+    cuts: Count = 1
+    """In how many cuts a method that does not learn gates reaches the target, each with scores of its own."""
+    share: Literal["constant", "linear"] = "constant"
+    """Steps after each cut: equally many, or growing linearly (Adapt-Pruner's)."""
     batch_size: Count = 32
     """Sequences of one step."""
     microbatches: Count = 8
@@ -45,9 +55,11 @@ class PruneConfig(FitConfig):
         return values
 
     @model_validator(mode="after")
-    def _steps_are_for_learning(self) -> PruneConfig:
-        if self.method != LEARNED and self.steps:
-            raise ValueError(f"the method {self.method} decides by scores alone: leave steps ({self.steps}) out, or set 0")
+    def _cuts_fit(self) -> PruneConfig:
+        if self.cuts > 1 and self.method == LEARNED:
+            raise ValueError(f"the method {LEARNED} narrows at every step: leave cuts ({self.cuts}) out")
+        if self.steps and self.cuts > self.steps:
+            raise ValueError(f"cuts ({self.cuts}) must not be more than steps ({self.steps})")
         return self
 
 

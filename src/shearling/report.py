@@ -282,9 +282,15 @@ def _grid(*blocks: str) -> str:
 def _compared(source: Values, model: Values, form: str) -> list[tuple[str, str, str, str]]:
     """Rows of a table: name, source, model, ratio; what both lack or have as 0 (an lm_head that is tied) is left out."""
     names = [name for name in dict.fromkeys([*source, *model]) if source.get(name) or model.get(name)]
+    source, model = _means(source), _means(model)
     return [
         (name, _number(source.get(name), form), _number(model.get(name), form), _ratio(model.get(name), source.get(name))) for name in names
     ]
+
+
+def _means(values: Values) -> Values:
+    """Sizes that differ by block as their mean."""
+    return {name: round(sum(value) / len(value), 1) if isinstance(value, list) and value else value for name, value in values.items()}
 
 
 def _loss_rows(losses: Iterable[Values]) -> list[str]:

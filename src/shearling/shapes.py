@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import inf, log
-from typing import Any
+from typing import Annotated, Any
 
-from shearling.arch.families import LAYER_COUNTS, PER_LAYER_LISTS, SIZE_FIELDS, Anatomy
+from pydantic import Field
+
+from shearling.arch.families import LAYER_COUNTS, PER_BLOCK, PER_LAYER_LISTS, SHEARED, SIZE_FIELDS, Anatomy
 from shearling.config import Config
 from shearling.errors import Problem, ShapeError
 
@@ -26,18 +28,44 @@ class Target(Config):
     """Key/value heads; each keeps num_attention_heads / num_key_value_heads query heads."""
     intermediate_size: int | None = None
     """Neurons of every block's MLP."""
+    parameters: Annotated[int | float, Field(gt=0)] | None = None
+    """Parameters to shear to: a number, or, up to 1, a share of the source's. The method finds the sizes that are not given."""
 
 
-def shape_of(anatomy: Anatomy) -> dict[str, int]:
-    """The sizes of a model under their config names."""
-    shape = {field: anatomy.sizes[axis] for axis, field in SIZE_FIELDS.items()}
+def shape_of(anatomy: Anatomy) -> dict[str, Any]:
+    """The sizes of a model under their config names; a list by block where blocks differ."""
+    shape: dict[str, Any] = {field: anatomy.sizes[axis] for axis, field in SIZE_FIELDS.items()}
     shape["num_attention_heads"] = anatomy.sizes["group"] * anatomy.sizes["query"]
+    if anatomy.blocks:
+        shape["num_key_value_heads"] = [block["group"] for block in anatomy.blocks]
+        shape["num_attention_heads"] = [block["group"] * block["query"] for block in anatomy.blocks]
+        shape["intermediate_size"] = [block["neuron"] for block in anatomy.blocks]
     return shape
 
 
-def target_anatomy(source: Anatomy, target: Target) -> Anatomy:
-    """The anatomy that `target` asks for; raise `ShapeError` with every problem and the nearest feasible shape."""
-    problems = find_problems(source, target)
+def anatomy_of_shape(source: Anatomy, shape: Mapping[str, Any]) -> Anatomy:
+    """The inverse of `shape_of`, for a model of the source's family and flags."""
+    sizes = {axis: shape[field] for axis, field in SIZE_FIELDS.items() if not isinstance(shape[field], list)}
+    columns = [shape[field] if isinstance(shape[field], list) else [shape[field]] * sizes["layer"] for field in PER_BLOCK]
+    blocks = [{"group": g, "query": h // g, "neuron": n} for h, g, n in zip(*columns, strict=True)]
+    return source.with_sizes(**sizes).with_blocks(blocks)
+
+
+def budget_of(source: Anatomy, target: Target) -> int | None:
+    """The number of parameters that `target` allows; None where it gives sizes alone."""
+    asked = target.parameters
+    return None if asked is None else int(asked * source.parameters()) if asked <= 1 else int(asked)
+
+
+def target_anatomy(source: Anatomy, target: Target, axes: Collection[str] = PRUNABLE) -> Anatomy:
+    """The anatomy that `target` asks for; raise `ShapeError` with every problem and the nearest feasible shape.
+
+    Of a budget of parameters: the uniform shape that meets it with all of `axes` whose sizes are not given scaled alike, see
+    `uniform_shape`; a method that finds its own shape starts from the source and ends within the same budget.
+    """
+    if target.parameters is not None:
+        return uniform_shape(source, target, axes)
+    problems = find_problems(source, target, axes)
     if problems:
         nearest = ", ".join(f"{field}={size}" for field, size in nearest_feasible(source, target).items())
         raise ShapeError(f"this target cannot be cut from the source (the nearest that can: {nearest})", problems)
@@ -46,10 +74,83 @@ def target_anatomy(source: Anatomy, target: Target) -> Anatomy:
     return source.with_sizes(query=query, **{axis: wanted[SIZE_FIELDS[axis]] for axis in PRUNABLE if axis != "query"})
 
 
-def find_problems(source: Anatomy, target: Target) -> list[Problem]:
-    """Why `target` cannot be cut from `source`; empty when it can."""
+def uniform_shape(source: Anatomy, target: Target, axes: Collection[str] = PRUNABLE) -> Anatomy:
+    """The shape, alike in all blocks, that comes nearest to a budget of parameters from below, by scaling `axes` alike.
+
+    Every size that `target` leaves open goes down by one share, to the nearest that is feasible; where neurons are among them, their
+    number then takes up what is left of the budget, so that it is met within one neuron a block. Of the shapes that meet the budget
+    so, the one whose neurons are nearest to their share is taken. Key/value heads stay as many as they can: query heads go first.
+    Raises `ShapeError` where a size that is given cannot be had, or the budget cannot be met.
+    """
+    budget, sizes_alone = budget_of(source, target), target.model_copy(update={"parameters": None})
+    assert budget is not None, "a target without a budget has a shape already"
+    problems = find_problems(source, sizes_alone, axes)
+    if not problems and budget > source.parameters():
+        problems = [Problem("target.parameters", f"{budget:,}", f"The source has {source.parameters():,}; ask for at most that.")]
+    if problems:
+        raise ShapeError("this target cannot be cut from the source", problems)
+    fills = "neuron" in axes and target.intermediate_size is None
+    best, best_cost = None, inf
+    for step in range(_SHARES + 1):
+        share = 1 - step / _SHARES
+        shape = _scaled(source, sizes_alone, axes, share)
+        if shape is None:
+            continue
+        if fills:
+            least = shape.with_sizes(neuron=0).parameters()
+            each = shape.with_sizes(neuron=1).parameters() - least
+            neurons = (budget - least) // each
+            fitting = 1 <= neurons <= source.sizes["neuron"] and share > 0
+            shape = shape.with_sizes(neuron=neurons)
+            cost = abs(log(neurons / (share * source.sizes["neuron"]))) if fitting else inf
+        else:
+            cost = float(budget - shape.parameters()) if shape.parameters() <= budget else inf
+        if cost < best_cost:
+            best, best_cost = shape, cost
+    if best is None:
+        least = min(shape.parameters() for step in range(_SHARES) if (shape := _scaled(source, sizes_alone, axes, step / _SHARES)))
+        remedy = f"By pruning {', '.join(axes)} it can be brought to {least:,}: ask for more, or add axes to prune.axes."
+        raise ShapeError("this budget cannot be met", [Problem("target.parameters", f"{budget:,}", remedy)])
+    return best
+
+
+_SHARES = 256
+
+
+def _scaled(source: Anatomy, target: Target, axes: Collection[str], share: float) -> Anatomy | None:
+    """Every size that is not given scaled, made feasible; None where that would touch what is given or not among `axes`."""
+    have, heads_given = shape_of(source), {"num_attention_heads", "num_key_value_heads"} & target.model_fields_set
+    scaled = {_FIELD_OF[axis] for axis in axes}
+    wanted = {field: max(1, round(size * share)) if field in scaled else size for field, size in have.items() if field in SIZES}
+    groups, query = source.sizes["group"], source.sizes["query"]
+    if "query" in axes and query > 1:
+        wanted["num_key_value_heads"] = min(groups, wanted["num_attention_heads"]) if "group" in axes else groups
+    elif "group" in axes:
+        wanted["num_attention_heads"] = wanted["num_key_value_heads"] * query
+    given = {field: size for field, size in target.model_dump().items() if size is not None}
+    if heads_given:
+        given |= {field: size for field, size in _wanted(source, target).items() if "heads" in field}
+    fitting = nearest_feasible(source, Target(**{**wanted, **given}))
+    fixed = {**{field: have[field] for field in SIZES if field not in scaled and "heads" not in field}, **given}
+    if any(fitting[field] != size for field, size in fixed.items()):
+        return None
+    kept = fitting["num_key_value_heads"], fitting["num_attention_heads"] // fitting["num_key_value_heads"]
+    if not heads_given and (("group" not in axes and kept[0] != groups) or ("query" not in axes and kept[1] != query)):
+        return None
+    return source.with_sizes(
+        layer=fitting["num_hidden_layers"], hidden=fitting["hidden_size"], group=kept[0], query=kept[1], neuron=fitting["intermediate_size"]
+    )
+
+
+def find_problems(source: Anatomy, target: Target, axes: Collection[str] = PRUNABLE) -> list[Problem]:
+    """Why the sizes of `target` cannot be cut from `source` by pruning `axes`; empty when they can."""
     have, want = shape_of(source), _wanted(source, target)
     problems = []
+    allowed = {_FIELD_OF[axis] for axis in axes}
+    for field, size in want.items():
+        if size != have[field] and field not in allowed and not (field == "num_attention_heads" and "group" in axes):
+            remedy = f"prune.axes has only {', '.join(axes)}: leave this size as it is ({have[field]}), or add its axis."
+            problems.append(Problem(f"target.{field}", str(size), remedy))
     for field, size in want.items():
         if size < 1:
             problems.append(Problem(f"target.{field}", str(size), "A size must be at least 1."))
@@ -95,6 +196,8 @@ def target_config(config: Mapping[str, Any], source: Anatomy, target: Anatomy, l
     """The Hugging Face config of the cut model: sizes replaced, per-layer lists cut to `layers` (kept source layers)."""
     cut = {key: value for key, value in config.items() if key != "quantization_config"}
     cut.update(shape_of(target))
+    if target.blocks:
+        cut.update(base_model_type=target.family.model_type, model_type=SHEARED)
     for field in PER_LAYER_LISTS:
         values = cut.get(field)
         if isinstance(values, list) and len(values) == source.sizes["layer"]:
@@ -107,10 +210,15 @@ def target_config(config: Mapping[str, Any], source: Anatomy, target: Anatomy, l
 
 def _wanted(source: Anatomy, target: Target) -> dict[str, int]:
     """Every field of the target filled in. Of the two head counts, one given leaves the query heads of a group as they are."""
-    have, asked = shape_of(source), {field: size for field, size in target.model_dump().items() if size is not None}
+    have, asked = shape_of(source), {field: getattr(target, field) for field in SIZES if getattr(target, field) is not None}
     query = source.sizes["query"]
     if "num_key_value_heads" in asked:
         asked.setdefault("num_attention_heads", asked["num_key_value_heads"] * query)
     elif "num_attention_heads" in asked and query == 1:
         asked["num_key_value_heads"] = asked["num_attention_heads"]
-    return {field: asked.get(field, have[field]) for field in Target.model_fields}
+    return {field: asked.get(field, have[field]) for field in SIZES}
+
+
+_FIELD_OF = {axis: SIZE_FIELDS.get(axis, "num_attention_heads") for axis in PRUNABLE}
+SIZES = tuple(field for field in Target.model_fields if field != "parameters")
+"""The fields of a target that are sizes."""

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import gc
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from shearling.arch.families import Anatomy
 from shearling.board import alike, told
 from shearling.data import mixture
 from shearling.data.loader import Loader
@@ -26,42 +24,25 @@ from shearling.data.tokens import TokenSet, open_tokens
 from shearling.errors import ArtifactError, ConfigError, Problem, Stopped
 from shearling.evaluate.loss import heldout_losses
 from shearling.evaluate.speed import measure_speed
-from shearling.export import publish_model, save_weights
+from shearling.export import save_weights
 from shearling.io.files import read_json
 from shearling.io.loading import load_stock
-from shearling.io.tensors import MemoryReader, ShardWriter
 from shearling.objectives.lm import token_losses
-from shearling.prune import scores
-from shearling.prune.attach import Attachment
-from shearling.prune.gates import Gates, GateSpec, gate_specs
-from shearling.prune.learn import GateLearner
-from shearling.prune.methods import choose_scores, find
-from shearling.prune.plan import PrunePlan, plan_from_masks
-from shearling.prune.transform import transform
 from shearling.prune.verify import (
-    ROUNDING,
-    TOLERANCE,
-    TOLERANCE_FLOAT64,
-    blame,
-    compare_in_float64,
-    compare_logits,
     logits_of,
-    masked_logits,
-    require_equal,
 )
 from shearling.recipe import Recipe
-from shearling.shapes import target_anatomy, target_config
 from shearling.show import Show
 from shearling.sources import Source
-from shearling.train import checkpoint
-from shearling.train.config import FitConfig
+from shearling.train.config import FitConfig, LoraConfig
 from shearling.train.loop import Losses, Progress, Surroundings, fit
+from shearling.train.lora import add_adapters, merge
 from shearling.train.optim import choose_device, in_precision
 from shearling.train.parallel import make_mesh, parallelize, whole_weights
 from shearling.train.stop import signal_name
 from shearling.world import World
 
-_VERIFY_SEQUENCES = 2
+VERIFY_SEQUENCES = 2
 """Sequences on which masked and cut model are compared."""
 
 
@@ -88,11 +69,6 @@ class Context:
         return make_mesh(self.device, self.world)
 
     @cached_property
-    def target(self) -> Anatomy:
-        """What comes out; the source's own anatomy where nothing is pruned."""
-        return target_anatomy(self.source.anatomy, self.recipe.target) if self.recipe.target else self.source.anatomy
-
-    @cached_property
     def tokens(self) -> TokenSet:
         """The prepared text; process 0 compares its hashes."""
         self.world.rank0_decides(lambda: bool(open_tokens(self.path / "data")))
@@ -109,9 +85,14 @@ class Context:
         runtime, blocks, device, mesh = self.recipe.runtime, self.source.anatomy.family.anchors.layers, self.device, self.mesh
         return self.world.in_turns(lambda: parallelize(load(), blocks, runtime, device, mesh))
 
-    def load_pruned(self) -> nn.Module:
-        """The cut model."""
-        return self.place(lambda: load_stock(self.path / "pruned", torch.float32, "pruned"))
+    def load_pruned(self, adapters: LoraConfig | None = None) -> nn.Module:
+        """The cut model; frozen and with `adapters`, where those are trained in its place."""
+
+        def load() -> nn.Module:
+            model = load_stock(self.path / "pruned", torch.float32, "pruned")
+            return add_adapters(model, adapters, self.recipe.seed) if adapters else model
+
+        return self.place(load)
 
     def evaluate(self, model: nn.Module) -> Losses:
         """Held-out losses of a model as it stands. Raises `Stopped` where a signal asks for it on the way."""
@@ -173,57 +154,18 @@ def measure_source(context: Context) -> dict[str, Any]:
     return {"loss": context.evaluate(model), "fingerprint": context.world.rank0_decides(context.source.fingerprint)}
 
 
-def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray) -> dict[str, Any]:
-    """Learn the gates, harden them, cut, verify, and publish `plan.json` and `pruned/`."""
-    config, anatomy = context.recipe.prune, context.source.anatomy
-    began = time.perf_counter()
-    model = context.place(context.source.load_model)
-    specs = gate_specs(anatomy, context.target)
-    around = _surroundings(context, "prune", config, source_result["loss"])
-    gates = Gates(specs).to(context.device)
-    seed, warmup = context.recipe.seed, round(config.warmup * config.steps)
-    progress = Progress(shares, around.loader.start(), heldout=dict(source_result["loss"]))
-    chosen = {} if config.gates.start == "constant" else choose_scores(find(config.method), config.scores, specs)
-    begun = context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints)))
-    found = _scores(context, model, specs, chosen, around.loader, shares) if specs and not begun else {}
-    with Attachment(model, anatomy) as attachment:
-        learner = GateLearner(gates, attachment, config.gates, steps=config.steps, warmup=warmup, seed=seed)
-        learner.start_from(found)
-        if specs:
-            model.train()
-            progress = fit(model, config, around, progress, learner)
-    model.eval()
-    masks = gates.hardened()
-    made_by = {"method": config.method, "scores": chosen, "seed": seed, "steps": config.steps}
-    made_by |= {"gates": config.gates.model_dump(mode="json")} if config.steps else {}
-    plan = plan_from_masks(anatomy, context.target, masks, source_result["fingerprint"], made_by)
-    difference = _cut(context, model, masks, plan)
-    del model, attachment, learner  # before the cut model is loaded
-    return {
-        "loss": {
-            "before_hardening": progress.heldout if config.steps and specs else None,
-            "pruned": context.evaluate(context.load_pruned()),
-        },
-        "tokens": progress.tokens + _calibration_tokens(context, chosen),
-        "steps": progress.step,
-        "weights": progress.weights.tolist(),
-        "cursors": progress.cursors.tolist(),
-        "training_seconds": round(progress.seconds, 3),
-        "seconds": round(time.perf_counter() - began, 3),
-        "verify": {**difference, "sequences": _VERIFY_SEQUENCES},
-    }
-
-
 def train(context: Context, pruned: Mapping[str, Any], source_result: Mapping[str, Any]) -> dict[str, Any]:
     """Continue pretraining the cut model and publish `model/`."""
     config = context.recipe.train
-    model = context.load_pruned()
-    around = _surroundings(context, "train", config, source_result["loss"], offset=pruned["steps"])
+    model = context.load_pruned(adapters=config.lora)
+    around = surroundings(context, "train", config, source_result["loss"], offset=pruned["steps"])
     start = Progress(np.array(pruned["weights"], np.float64), np.array(pruned["cursors"], np.int64), heldout=dict(pruned["loss"]["pruned"]))
     model.train()
     progress = fit(model, config, around, start)
     model.eval()
-    ids = _sample_ids(context)
+    if config.lora:
+        merge(model)
+    ids = sample_ids(context)
     expected, weights = logits_of(model, ids), whole_weights(model, context.world)
 
     def publish() -> None:
@@ -280,7 +222,8 @@ def reference_losses(context: Context, source_losses: Mapping[str, float]) -> di
     return {domain: source_losses[domain] if given == "source" else given[domain] for domain in context.tokens.domains}
 
 
-def _surroundings(context: Context, stage: str, config: FitConfig, source_losses: Mapping[str, float], offset: int = 0) -> Surroundings:
+def surroundings(context: Context, stage: str, config: FitConfig, source_losses: Mapping[str, float], offset: int = 0) -> Surroundings:
+    """What `fit` needs around a model in a stage; `offset`: steps of the stages before."""
     rule, domains = context.recipe.mixture, context.tokens.domains
     reference = reference_losses(context, source_losses)
 
@@ -310,70 +253,10 @@ def _surroundings(context: Context, stage: str, config: FitConfig, source_losses
     )
 
 
-def _scores(
-    context: Context,
-    model: nn.Module,
-    specs: Mapping[str, GateSpec],
-    chosen: Mapping[str, str],
-    loader: Loader,
-    shares: np.ndarray,
-) -> dict[str, Tensor]:
-    """The scores of every gate, by axis, on training sequences where a score needs any."""
-    sequences = _calibration_tokens(context, chosen) // context.tokens.sequence_length
-    batches: list[Tensor] = []
-    if sequences:
-        context.show.note(f"scoring every gate on {sequences} sequences")
-        calibration = Loader(context.tokens, sequences, context.recipe.seed)
-        ids_BT = torch.from_numpy(calibration.batch(0, shares, loader.start()).ids).to(context.device)
-        batches = [ids_BT[start : start + 2] for start in range(0, len(ids_BT), 2)]
-    world, stop, seed = context.world, context.check_stop, context.recipe.seed
-    with alike():
-        return scores.compute(chosen, model, context.source.anatomy, specs, context.objective, batches, world, stop, seed)
-
-
-def _calibration_tokens(context: Context, chosen: Mapping[str, str]) -> int:
-    """Tokens that scores are measured on; none where they look at the weights alone, or at nothing."""
-    needs = {need for name in chosen.values() for need in scores.SCORES[name].needs}
-    return context.recipe.prune.gates.calibration_sequences * context.tokens.sequence_length if needs - {"weights"} else 0
-
-
-def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: PrunePlan) -> dict[str, float]:
-    """Write `pruned/` and `plan.json` from the trained weights, and publish only what computes what the gated model does."""
-    anatomy, ids = context.source.anatomy, _sample_ids(context)
-    expected = masked_logits(model, anatomy, masks, ids)
-    reader = MemoryReader(whole_weights(model, context.world))
-    found: dict[str, float] = {}
-
-    def write(writer: ShardWriter) -> None:
-        for name, tensor in transform(plan, anatomy, context.target, reader):
-            writer.add(name, tensor)
-
-    def verify(cut: nn.Module) -> None:
-        difference = compare_logits(cut.to(context.device), expected, ids)
-        found.update(vars(difference))
-        detail = partial(blame, masks, anatomy, context.target, reader, cut.state_dict())
-        if TOLERANCE < difference.relative_difference <= ROUNDING:
-            context.show.note(f"logits differ by {difference.relative_difference:.1g} of their range in fp32: comparing in fp64")
-            gated = context.source.load_model(torch.bfloat16).to(context.device)
-            exact = compare_in_float64(gated, anatomy, masks, reader, cut, ids)
-            found["relative_difference_float64"] = exact.relative_difference
-            require_equal(exact, TOLERANCE_FLOAT64, "in fp64, the gated model and the cut model", detail)
-        else:
-            require_equal(difference, detail=detail)
-
-    def publish() -> dict[str, float]:
-        final = context.path / "pruned"
-        values = target_config(context.source.config, anatomy, context.target, plan.layers)
-        publish_model(write, values, context.source.save_companions, final, torch.float32, verify, replace=final.exists())
-        plan.save(context.path / "plan.json")
-        return found
-
-    return context.world.rank0_decides(publish)
-
-
-def _sample_ids(context: Context) -> Tensor:
+def sample_ids(context: Context) -> Tensor:
+    """Token ids [B, T] on which models that must be the same are compared."""
     domain = context.tokens.domains[0]
-    ids = np.asarray(context.tokens.sequences(domain, "heldout")[:_VERIFY_SEQUENCES, :512], dtype=np.int64)
+    ids = np.asarray(context.tokens.sequences(domain, "heldout")[:VERIFY_SEQUENCES, :512], dtype=np.int64)
     return torch.from_numpy(ids).to(context.device)
 
 

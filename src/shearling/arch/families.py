@@ -6,11 +6,11 @@ Nothing else in the house asks which family a model is of. A new decoder family 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shearling.arch.axes import count, dimensions
+from shearling.arch.axes import PER_LAYER, count, dimensions
 from shearling.errors import ArtifactError, Problem
 
 
@@ -65,6 +65,11 @@ PER_LAYER_LISTS = ("layer_types", "no_rope_layers")
 
 LAYER_COUNTS = ("max_window_layers",)
 """Config fields that count the first layers of some kind, recounted over the kept layers."""
+
+SHEARED = "sheared"
+"""The `model_type` of a model whose blocks differ; `base_model_type` then names the family."""
+PER_BLOCK = ("num_attention_heads", "num_key_value_heads", "intermediate_size")
+"""Config fields that are lists in such a model."""
 
 _Q, _KV = "(group query head_dim)", "(group head_dim)"
 
@@ -137,6 +142,8 @@ class Anatomy:
     """Size of every axis of `shearling.arch.axes.AXES`."""
     flags: Mapping[str, Any]
     """Values of the config fields that decide which tensors exist."""
+    blocks: tuple[Mapping[str, int], ...] = ()
+    """Sizes of the `PER_LAYER` axes of each block, where blocks differ; `sizes` then has the largest. Empty: all blocks are alike."""
 
     def rows(self, rows: tuple[TensorRow, ...]) -> Iterator[TensorRow]:
         """The rows of a table that exist in this model."""
@@ -157,7 +164,16 @@ class Anatomy:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Full tensor name -> shape."""
-        return {name: dimensions(pattern, self.sizes) for name, pattern in self.tensors().items()}
+        return {name: dimensions(pattern, self.sizes_in(self.layer_of(name))) for name, pattern in self.tensors().items()}
+
+    def layer_of(self, name: str) -> int | None:
+        """Number of the block that a tensor is of, by its full name; None for one outside the blocks."""
+        prefix = f"{self.family.anchors.layers}."
+        return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
+
+    def sizes_in(self, layer: int | None) -> Mapping[str, int]:
+        """Size of every axis in a block (None: outside of them)."""
+        return self.sizes if layer is None or not self.blocks else {**self.sizes, **self.blocks[layer]}
 
     def parameters(self) -> int:
         """Number of parameters; a tied matrix counts once."""
@@ -167,12 +183,18 @@ class Anatomy:
         """Parameters of the parts `embedding`, `attention`, `mlp`, `norms` and `lm_head`."""
         parts = dict.fromkeys(("embedding", "attention", "mlp", "norms", "lm_head"), 0)
         for name, pattern in self.tensors().items():
-            parts[_part(name)] += count(pattern, self.sizes)
+            parts[_part(name)] += count(pattern, self.sizes_in(self.layer_of(name)))
         return parts
 
     def with_sizes(self, **sizes: int) -> Anatomy:
-        """The same family at other sizes."""
+        """The same family at other sizes, alike in all blocks."""
         return Anatomy(self.family, {**self.sizes, **sizes}, self.flags)
+
+    def with_blocks(self, blocks: Sequence[Mapping[str, int]]) -> Anatomy:
+        """The same with these blocks, each given by the sizes of its `PER_LAYER` axes."""
+        largest = {axis: max(block[axis] for block in blocks) for axis in PER_LAYER}
+        alike = all(dict(block) == largest for block in blocks)
+        return Anatomy(self.family, {**self.sizes, **largest, "layer": len(blocks)}, self.flags, () if alike else tuple(blocks))
 
 
 def _part(name: str) -> str:
@@ -188,10 +210,14 @@ def _part(name: str) -> str:
 def anatomy_of(config: Mapping[str, Any], where: str = "config.json") -> Anatomy:
     """Read the anatomy off a Hugging Face config as plain values; raise `ArtifactError` that names what is wrong."""
     model_type = config.get("model_type")
-    family = FAMILIES.get(str(model_type))
+    differing = model_type == SHEARED
+    family = FAMILIES.get(str(config.get("base_model_type") if differing else model_type))
     if family is None:
         remedy = f"Shearling knows {', '.join(sorted(FAMILIES))}; a family is a table in shearling/arch/families.py."
-        raise ArtifactError(f"{where}: this family of models is not known", [Problem("model_type", repr(model_type), remedy)])
+        field = "base_model_type" if differing else "model_type"
+        raise ArtifactError(f"{where}: this family of models is not known", [Problem(field, repr(config.get(field)), remedy)])
+    if differing:
+        return _of_blocks(config, family, where)
     heads = config.get("num_attention_heads")
     filled = {**dict(family.defaults), **{key: value for key, value in config.items() if value is not None}}
     filled.setdefault("num_key_value_heads", heads)
@@ -211,6 +237,23 @@ def anatomy_of(config: Mapping[str, Any], where: str = "config.json") -> Anatomy
     sizes = {axis: int(filled[field]) for axis, field in SIZE_FIELDS.items()}
     sizes["query"] = filled["num_attention_heads"] // filled["num_key_value_heads"]
     return Anatomy(family, sizes, {field: filled[field] for field, _ in family.defaults})
+
+
+def _of_blocks(config: Mapping[str, Any], family: Family, where: str) -> Anatomy:
+    """The anatomy of a model whose blocks differ, by the lists of its config (`shearling.modeling_sheared.ShearedConfig`)."""
+    layers, problems = config.get("num_hidden_layers"), []
+    for field in PER_BLOCK:
+        found = config.get(field)
+        if not (isinstance(found, list) and len(found) == layers and all(map(_is_size, found))):
+            problems.append(Problem(field, reprlib.repr(found), f"It must be a list of {layers} positive whole numbers, one a block."))
+    if problems:
+        raise ArtifactError(f"{where}: not a usable config", problems)
+    blocks = []
+    for number, (heads, groups, neurons) in enumerate(zip(*(config[field] for field in PER_BLOCK), strict=True)):
+        alike = {**config, **dict(zip(PER_BLOCK, (heads, groups, neurons), strict=True)), "model_type": family.model_type}
+        sizes = anatomy_of(alike, f"{where}, block {number}")
+        blocks.append({axis: sizes.sizes[axis] for axis in PER_LAYER})
+    return sizes.with_blocks(blocks)
 
 
 def _is_size(value: Any) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shearling.config import Config
 
@@ -17,6 +17,8 @@ Rate = Annotated[float, Field(ge=0)]
 class GateConfig(Config):
     """How gates start, learn, and are held to the target."""
 
+    kind: Literal["hard_concrete", "deterministic"] = "hard_concrete"
+    """What a logit's gate is: hard-concrete (the paper's), or a ramp from 0 to 1 that counts as what it is (after arXiv 2603.08065)."""
     start: Literal["scores", "constant"] = "scores"
     """Starting logits: by rank of `prune.scores` (first-order Taylor importance if left out), or all alike (the paper's)."""
     start_low: Annotated[float, Field(ge=-4.6, le=4.6)] = 1.6
@@ -40,6 +42,31 @@ class GateConfig(Config):
     final_noise: Rate = 0.0
     """Scale of the noise at the last step."""
     temperature: Annotated[float, Field(gt=0, le=10)] = 0.3
-    """With `projected`: what the logits are divided by at the first step; less means fewer gates half open."""
+    """With `projected`, or `deterministic` gates: what the logits are divided by at the first step; less means fewer gates half open."""
     final_temperature: Annotated[float, Field(gt=0, le=10)] = 0.01
-    """With `projected`: the same at the last step, small enough that nearly all gates end at 0 or 1."""
+    """The same at the last step, small enough that nearly all gates end at 0 or 1."""
+
+    @model_validator(mode="after")
+    def _deterministic_gates_have_no_noise(self) -> GateConfig:
+        if self.kind == "deterministic" and (self.noise or self.final_noise):
+            given = f"noise ({self.noise}) and final_noise ({self.final_noise})"
+            raise ValueError(f"deterministic gates have no noise: leave {given} out, or set 0")
+        return self
+
+
+class AllocationConfig(Config):
+    """How a budget of parameters is spread over axes and blocks, where a method does not learn gates."""
+
+    compare: Literal["raw", "parameters", "z"] | None = None
+    """Scores of units of different axes and blocks: as they are, by parameter that goes with the unit, or standardised in each block;
+    left out, as the method has it."""
+    cap: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Largest share of the units of a block (and of the channels) that may go."""
+    protect: Annotated[tuple[Annotated[int, Field(ge=0)], Annotated[int, Field(ge=0)]], Field(strict=False)] = (0, 0)
+    """How many of the first and of the last blocks are left as they are."""
+    fluctuation: Annotated[float, Field(ge=0)] | None = None
+    """Weight of a score's fluctuation over the calibration batches: what fluctuates goes first. Left out, as the method has it."""
+    adaptation: Annotated[float, Field(ge=0)] = 0.02
+    """Adapt-Pruner's A: how much a block's importance slows its pruning, in each inner step."""
+    inner_steps: Annotated[int, Field(ge=1)] = 50
+    """Adapt-Pruner's K: the inner steps that would take all of a block; scores are measured anew at each."""

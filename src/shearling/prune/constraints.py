@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shearling.prune.gates import LIMIT, Gates, expected_open, gate_values
+from shearling.prune.gates import HARD_CONCRETE, LIMIT, GateKind, Gates
 
 _BISECTIONS = 40
 """Halvings of the interval of the shift: beyond fp32's 24 bits, with room for steep gates."""
@@ -28,51 +28,52 @@ def scheduled_sizes(gates: Gates, progress: float) -> dict[str, float]:
     return {axis: spec.shape[-1] - (spec.shape[-1] - spec.target) * progress for axis, spec in gates.specs.items()}
 
 
-def lagrangian(gates: Gates, progress: float) -> Tensor:
-    """The constraint loss, a scalar; its gradient on the multipliers is what they ascend."""
+def lagrangian(gates: Gates, progress: float, kind: GateKind = HARD_CONCRETE, temperature: float = 1.0) -> Tensor:
+    """The constraint loss, a scalar, of logits divided by `temperature`; its gradient on the multipliers is what they ascend."""
     total: Tensor = next(iter(gates.log_alpha.values())).new_zeros(())
-    sizes, scheduled = gates.expected_sizes(), scheduled_sizes(gates, progress)
+    sizes, scheduled = gates.expected_sizes(kind, temperature), scheduled_sizes(gates, progress)
     for axis, spec in gates.specs.items():
         excess = (scheduled[axis] - sizes[axis]) / spec.shape[-1]
         total = total + (gates.lambda_1[axis] * excess + gates.lambda_2[axis] * excess.square()).mean()
     return total
 
 
-def blended_count(logits: Tensor, settled: float) -> Tensor:
-    """The size of every vector (last dimension kept, of size 1): from P(z != 0) at `settled` 0 to the gates' own sum at 1.
+@torch.no_grad()
+def push_apart(log_alpha: Tensor, gates: Tensor, weight: float) -> None:
+    """Add to the loss' gradient in `log_alpha` that of a binarization term; `gates` has its shape, a vector in the last dimension.
 
-    By P(z != 0) a half-open gate counts as nearly open, so half-open gates are dear and the gates move apart; but at the end the
-    gates of a vector would sum to less than the target, and training would have seen a smaller model than is cut. By their sum
-    half-open gates are cheap: 30 layers open by 0.8 each would do for 24. So the count goes over from the one to the other at the
-    end, when few gates are half open.
+    The term is the sum of z (1 - z) (DDP, arXiv 2603.08065, equation 15): a gate over a half opens, the others close. Ours: only gates
+    that are neither open nor closed are pushed, so that the others can come back; `weight` is not learned but scheduled, and in
+    units of the mean magnitude of the vector's own gradient, so that it needs no tuning by size and no place in a checkpoint.
     """
-    likely, actual = expected_open(logits.clamp(-LIMIT, LIMIT)), gate_values(logits)
-    return torch.lerp(likely, actual, settled).sum(-1, keepdim=True)
+    if log_alpha.grad is not None:
+        between = (gates > 0) & (gates < 1)
+        log_alpha.grad += weight * log_alpha.grad.abs().mean(-1, keepdim=True) * (1 - 2 * gates) * between
 
 
-def project(log_alpha: Tensor, wanted: float, temperature: float, settled: float) -> Tensor:
-    """Shift every vector (last dimension) so that its `blended_count` is `wanted`, after division by `temperature`.
+def project(log_alpha: Tensor, wanted: float, temperature: float, settled: float, kind: GateKind = HARD_CONCRETE) -> Tensor:
+    """Shift every vector (last dimension) so that its count is `wanted`, after division by `temperature`.
 
     Returns logits in [-LIMIT, LIMIT], of the shape of `log_alpha`. The gradient passes to `log_alpha` as if the shift were given
     and nothing were clipped, so with noise a gate at the limit can come back.
     """
-    return shifted(log_alpha, shift_for(log_alpha, wanted, temperature, settled), temperature)
+    return shifted(log_alpha, shift_for(log_alpha, wanted, temperature, settled, kind), temperature)
 
 
 @torch.no_grad()
-def shift_for(log_alpha: Tensor, wanted: float, temperature: float, settled: float) -> Tensor:
+def shift_for(log_alpha: Tensor, wanted: float, temperature: float, settled: float, kind: GateKind = HARD_CONCRETE) -> Tensor:
     """The shift of every vector that `project` subtracts, with a last dimension of 1; the count falls with it, so bisection finds it."""
     reach = log_alpha.abs().max() + (LIMIT + 1.0) * temperature
     low = torch.zeros_like(log_alpha[..., :1]) - reach
     high = low + 2 * reach
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        count = blended_count((log_alpha - middle) / temperature, settled)
+        count = kind.count((log_alpha - middle) / temperature, settled).sum(-1, keepdim=True)
         low, high = torch.where(count > wanted, middle, low), torch.where(count > wanted, high, middle)
     return (low + high) / 2
 
 
-def shifted(log_alpha: Tensor, shift: Tensor, temperature: float) -> Tensor:
+def shifted(log_alpha: Tensor, shift: Tensor | float, temperature: float) -> Tensor:
     """Logits after a shift, see `project`."""
     scaled = (log_alpha - shift) / temperature
     return scaled + (scaled.clamp(-LIMIT, LIMIT) - scaled).detach()

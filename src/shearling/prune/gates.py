@@ -1,13 +1,23 @@
-"""Hard-concrete gates over the axes of a model (Louizos et al. 2018, arXiv 1712.01312; Sheared LLaMA section 2.1).
+"""Gates over the axes of a model, of two kinds (`KINDS`).
 
-A gate z in [0, 1] is s = sigmoid((noise * logit(u) + log_alpha) / beta) stretched to (gamma, zeta) and clipped, with u uniform on
-(0, 1). Clipping gives exact zeros and ones:
+`hard_concrete` (Louizos et al. 2018, arXiv 1712.01312; Sheared LLaMA section 2.1): a gate z in [0, 1] is
+s = sigmoid((noise * logit(u) + log_alpha) / beta) stretched to (gamma, zeta) and clipped, with u uniform on (0, 1). Clipping gives
+exact zeros and ones:
 
     P(z = 0) = sigmoid((beta * log(-gamma / zeta) - log_alpha) / noise)
     P(z = 1) = sigmoid((log_alpha - beta * log((1 - gamma) / (zeta - 1))) / noise)
 
-with noise = 1 in the paper. Gates of an axis come in vectors along the last dimension (one vector in all for `layer` and `hidden`,
-one a layer for `group` and `neuron`, one a group for `query`), and every vector is to keep the same number of units.
+with noise = 1 in the paper.
+
+`deterministic`, after DDP (Huang et al. 2026, "Deterministic Differentiable Structured Pruning", arXiv 2603.08065): a gate is
+
+    z = clamp((1 + x) / 2, 0, 1),   x = log_alpha / temperature
+
+exactly 0 at x = -1 and 1 at x = 1, without noise or stretch, sharper as the temperature falls, and it counts as what it is. At
+`ramp_values` stands what of this is the paper's and what is ours.
+
+Gates of an axis come in vectors along the last dimension (one vector in all for `layer` and `hidden`, one a layer for `group` and
+`neuron`, one a group for `query`), and every vector is to keep the same number of units.
 
 Shapes: L layers, G key/value heads, Q query heads in each, M neurons, D hidden channels.
 """
@@ -15,7 +25,7 @@ Shapes: L layers, G key/value heads, Q query heads in each, M neurons, D hidden 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +67,57 @@ def expected_open(log_alpha: Tensor) -> Tensor:
     and some gates have to stay half open to meet it (the original's floor). Scaled, finished gates at the target satisfy it.
     """
     return (probability_open(log_alpha) - _CLOSED_COUNT) / (_OPEN_COUNT - _CLOSED_COUNT)
+
+
+def blended_count(logits: Tensor, settled: float) -> Tensor:
+    """What every hard-concrete gate counts for: from P(z != 0) at `settled` 0 to the gate itself at 1.
+
+    By P(z != 0) a half-open gate counts as nearly open, so half-open gates are dear and the gates move apart; but at the end the
+    gates of a vector would sum to less than the target, and training would have seen a smaller model than is cut. By their sum
+    half-open gates are cheap: 30 layers open by 0.8 each would do for 24. So the count goes over from the one to the other at the
+    end, when few gates are half open.
+    """
+    likely, actual = expected_open(logits.clamp(-LIMIT, LIMIT)), gate_values(logits)
+    return torch.lerp(likely, actual, settled)
+
+
+def ramp_values(logits: Tensor, uniform: Tensor | None = None, noise: float = 0.0) -> Tensor:
+    """Deterministic gates in [0, 1], of the shape of `logits`; there is no noise, and the configuration refuses it.
+
+    In DDP the weights are frozen. A unit is multiplied by ReLU(x) without an upper bound, folded into the weights at the end
+    (equation 11), and counted by another function, clamp(1.2 sigmoid(C (x - mu) / mu) - 0.1) with C = 2.4 and mu falling from 0.5 as
+    the root of time (equations 12 to 14). Both clamps pass gradients straight through, so a closed unit still hears the loss and the
+    constraint. A binarization term, z (1 - z) under a multiplier, drives the counts to 0 and 1 (equation 15).
+
+    Ours: the ReLU is capped at 1, since a plan keeps a unit or drops it and the weights learn any scale; the gate is its own
+    count, so that the size that is held is that of the model in training, and nothing is stretched; the temperature takes the place of
+    mu. Straight through is the paper's, and so is the binarization (`constraints.push_apart`), which a gate that counts as what it
+    is cannot do without: half-open gates are cheap. The paper was not at hand but for its abstract: this is as two reviews of it
+    and its authors' code (github.com/yellowtree123/Deterministic-Differentiable-Pruning) give it.
+    """
+    line = (1 + logits) / 2
+    return line + (line.clamp(0.0, 1.0) - line).detach()
+
+
+@dataclass(frozen=True)
+class GateKind:
+    """How a logit becomes a gate, and what that gate counts for in the size of its vector."""
+
+    value: Callable[..., Tensor]
+    """(logits, uniform noise of their shape or None, its scale) -> gates in [0, 1], of the same shape."""
+    count: Callable[[Tensor, float], Tensor]
+    """(logits, how far counts have gone over to the gates themselves, in [0, 1]) -> what each counts for, of the same shape."""
+    sharpened: bool = False
+    """Whether the temperature divides the logits under multipliers, too; under `projected` it always does."""
+    binarization: float = 0.0
+    """Weight of `constraints.push_apart` at the last step, to which it grows as the square of the steps."""
+
+
+HARD_CONCRETE = GateKind(gate_values, blended_count)
+DETERMINISTIC = GateKind(ramp_values, lambda logits, settled: ramp_values(logits), sharpened=True, binarization=16.0)
+"""The weight of 16 was found by trials on tiny models: the least with which gates of all axes end at 0 or 1 in 60 steps."""
+KINDS = {"hard_concrete": HARD_CONCRETE, "deterministic": DETERMINISTIC}
+"""Every kind of gate by its name in `GateConfig.kind`."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +171,9 @@ class Gates(nn.Module):
             masks[axis] = torch.zeros_like(log_alpha, requires_grad=False).scatter_(-1, top, 1.0)
         return masks
 
-    def expected_sizes(self) -> dict[str, Tensor]:
-        """{axis: expected count of every vector, shape[:-1]}."""
-        return {axis: expected_open(log_alpha).sum(-1) for axis, log_alpha in self.log_alpha.items()}
+    def expected_sizes(self, kind: GateKind = HARD_CONCRETE, temperature: float = 1.0) -> dict[str, Tensor]:
+        """{axis: expected count of every vector, shape[:-1]}, of logits divided by `temperature`."""
+        return {axis: kind.count(log_alpha / temperature, 0.0).sum(-1) for axis, log_alpha in self.log_alpha.items()}
 
     @torch.no_grad()
     def clamp_(self) -> None:

@@ -6,6 +6,9 @@ Two ways to hold the gates to their targets:
 `projected`    the multipliers' limit, ours: at every step each vector's logits are shifted by the one number that makes its size
                exactly the scheduled one, so the target is met at any length of schedule; the loss alone moves the logits
                against one another. A falling temperature divides the shifted logits, so that the gates end at 0 or 1.
+
+Either holds either kind of gates (`gates.KINDS`). Deterministic ones take the falling temperature under multipliers, too, and are
+pushed apart towards the end.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from torch import Tensor
 
 from shearling.prune.attach import Attachment
 from shearling.prune.config import GateConfig
-from shearling.prune.constraints import blended_count, lagrangian, scheduled_sizes, shift_for, shifted
-from shearling.prune.gates import LIMIT, Gates, expected_open, gate_values
+from shearling.prune.constraints import lagrangian, push_apart, scheduled_sizes, shift_for, shifted
+from shearling.prune.gates import KINDS, LIMIT, Gates
 from shearling.prune.scores import ranks
 from shearling.schedules import cosine_with_warmup, geometric, ramp
 
@@ -29,7 +32,7 @@ class GateLearner:
     """Gates of a model in training for `steps` steps. Everything random follows from (seed, step, microbatch)."""
 
     def __init__(self, gates: Gates, attachment: Attachment, config: GateConfig, *, steps: int, warmup: int, seed: int) -> None:
-        self.gates, self.attachment, self.config = gates, attachment, config
+        self.gates, self.attachment, self.config, self.kind = gates, attachment, config, KINDS[config.kind]
         self.steps, self.warmup, self.seed = steps, warmup, seed
         self.learning_rate = 2 * LIMIT / max(steps, 1) if config.learning_rate is None else config.learning_rate
         self._generator = torch.Generator()
@@ -50,7 +53,7 @@ class GateLearner:
         noise = geometric(step, self.steps, config.noise, config.final_noise)
         self._generator.manual_seed(int(np.random.SeedSequence([self.seed, step, microbatch]).generate_state(1, np.uint64)[0]))
         for axis, logits in self.logits(step).items():
-            masks[axis] = gate_values(logits, self.gates.uniform(axis, self._generator) if noise > 0 else None, noise)
+            masks[axis] = self.kind.value(logits, self.gates.uniform(axis, self._generator) if noise > 0 else None, noise)
         self.attachment.set(masks)
 
     def parameters(self) -> list[torch.nn.Parameter]:
@@ -60,12 +63,16 @@ class GateLearner:
     def settle(self, step: int) -> None:
         """Set the gates without noise."""
         with torch.no_grad():
-            self.attachment.set({axis: gate_values(logits) for axis, logits in self.logits(step).items()})
+            self.attachment.set({axis: self.kind.value(logits) for axis, logits in self.logits(step).items()})
 
     def update(self, step: int) -> None:
         """Add the constraint's gradient and move gates and multipliers once."""
+        if self.kind.binarization:
+            weight = self.kind.binarization * (step / self.steps) ** 2
+            for axis, logits in self.logits(step).items():
+                push_apart(self.gates.log_alpha[axis], self.kind.value(logits).detach(), weight)
         if self.config.constraint == "lagrangian":
-            lagrangian(self.gates, self._progress(step)).backward()  # type: ignore[no-untyped-call]
+            lagrangian(self.gates, self._progress(step), self.kind, self._temperature(step)).backward()  # type: ignore[no-untyped-call]
         self._optimizer.step(self._factor(step))
         self._shifts = None
         if self.config.constraint == "lagrangian":
@@ -74,13 +81,10 @@ class GateLearner:
     def logits(self, step: int) -> dict[str, Tensor]:
         """{axis: logits in [-LIMIT, LIMIT] that the gates of this step are drawn from}; their gradient reaches `log_alpha`."""
         if self.config.constraint == "lagrangian":
-            return dict(self.gates.log_alpha.items())
+            return {axis: shifted(x, 0.0, self._temperature(step)) for axis, x in self.gates.log_alpha.items()}
         if self._shifts is None or self._shifts[0] != step:
-            wanted, temperature = scheduled_sizes(self.gates, self._progress(step)), self._temperature(step)
-            self._shifts = (
-                step,
-                {axis: shift_for(x, wanted[axis], temperature, self._settled(step)) for axis, x in self.gates.log_alpha.items()},
-            )
+            wanted, how = scheduled_sizes(self.gates, self._progress(step)), (self._temperature(step), self._settled(step), self.kind)
+            self._shifts = (step, {axis: shift_for(x, wanted[axis], *how) for axis, x in self.gates.log_alpha.items()})
         return {axis: shifted(x, self._shifts[1][axis], self._temperature(step)) for axis, x in self.gates.log_alpha.items()}
 
     @torch.no_grad()
@@ -92,8 +96,7 @@ class GateLearner:
         """
         scheduled, sizes = scheduled_sizes(self.gates, self._progress(step)), {}
         for axis, logits in self.logits(step).items():
-            projected = self.config.constraint == "projected"
-            expected = blended_count(logits, self._settled(step)) if projected else expected_open(logits).sum(-1)
+            expected = self.kind.count(logits, self._settled(step)).sum(-1)
             worst = (expected - scheduled[axis]).abs().max()
             sizes[axis] = {"expected": float(expected.mean()), "target": scheduled[axis], "worst": float(worst)}
         found: dict[str, Any] = {"sizes": sizes, "learning_rate": {"gates": self.learning_rate * self._factor(max(step, 1))}}
@@ -125,11 +128,14 @@ class GateLearner:
         return factor * (self._temperature(step) if self.config.constraint == "projected" else 1.0)
 
     def _settled(self, step: int) -> float:
-        """How far the size that is held has gone over to the gates' own sum: 0 until the last fifth of the steps, 1 at the end."""
-        return min(1.0, max(0.0, 5.0 * step / self.steps - 4.0))
+        """How far the size that is held has gone over to the gates' own sum: 0 until the last fifth of the steps, 1 at the end.
+        Multipliers hold the expected count all along."""
+        return min(1.0, max(0.0, 5.0 * step / self.steps - 4.0)) if self.config.constraint == "projected" else 0.0
 
     def _temperature(self, step: int) -> float:
-        return geometric(step, self.steps, self.config.temperature, self.config.final_temperature)
+        """What logits are divided by; 1 under multipliers, unless the kind of gates is sharpened by it."""
+        falls = self.config.constraint == "projected" or self.kind.sharpened
+        return geometric(step, self.steps, self.config.temperature, self.config.final_temperature) if falls else 1.0
 
     def _progress(self, step: int) -> float:
         return ramp(step, round(self.config.ramp * self.steps))

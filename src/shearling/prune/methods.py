@@ -13,11 +13,13 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from shearling.arch.families import Anatomy
 from shearling.errors import ConfigError, Problem
 from shearling.prune import scores
-from shearling.prune.config import LEARNED
-from shearling.prune.gates import GateSpec
-from shearling.shapes import PRUNABLE
+from shearling.prune.allocate import check_budget, unit_specs
+from shearling.prune.config import LEARNED, AllocationConfig
+from shearling.prune.gates import GateSpec, gate_specs
+from shearling.shapes import PRUNABLE, SIZES, Target, budget_of, target_anatomy
 
 EVERY_AXIS = "*"
 
@@ -32,6 +34,18 @@ class Method:
     """What it does, in a line."""
     scores: Mapping[str, str]
     """Axis -> name of its score; `*` for those that are not named. Of a method that learns gates: what they start from."""
+    rule: str = "shape"
+    """How scores become masks, by name (`shearling.prune.allocate`): to the `shape` given or scaled, by `rank` or `adapted`."""
+    shape: str = "uniform"
+    """Whether blocks stay alike (`uniform`) or get sizes of their own (`per_layer`), unless the recipe says otherwise."""
+    axes: tuple[str, ...] = PRUNABLE
+    """What is pruned under a budget of parameters, unless the recipe says otherwise."""
+    from_training: bool = False
+    """Whether scores come from training's own gradients, and not from calibration sequences."""
+    compare: str = "parameters"
+    """See `AllocationConfig.compare`."""
+    fluctuation: float = 0.0
+    """See `AllocationConfig.fluctuation`."""
 
     @property
     def learns(self) -> bool:
@@ -39,21 +53,54 @@ class Method:
         return self.name == LEARNED
 
 
+HEADS_AND_NEURONS = ("group", "neuron")
 METHODS: dict[str, Method] = {}
 """Every method by its name."""
 
 
-def register(name: str, paper: str, about: str, **by_axis: str) -> Method:
-    """Register a method by the scores it takes on each axis (`layer="block-influence"`), or on all that are not named (`every=...`)."""
+def register(name: str, paper: str, about: str, *, how: Mapping[str, Any] | None = None, **by_axis: str) -> Method:
+    """Register a method by the scores it takes on each axis (`layer="block-influence"`), or on all that are not named (`every=...`).
+
+    `how`: other fields of `Method`, where it does not cut to a given shape.
+    """
     named = {EVERY_AXIS if axis == "every" else axis: score for axis, score in by_axis.items()}
-    METHODS[name] = Method(name, paper, about, named)
+    axes = PRUNABLE if EVERY_AXIS in named else tuple(axis for axis in PRUNABLE if axis in named)
+    METHODS[name] = Method(name, paper, about, named, **{"axes": axes, **(how or {})})
     return METHODS[name]
 
 
 register(LEARNED, "Xia et al. 2024, arXiv 2310.06694", "gates learned end to end with the weights, to exactly the target", every="taylor")
 register("taylor", "Molchanov et al. 2017, arXiv 1611.06440", "gates whose closing changes the loss least", every="taylor")
 register("llm-pruner", "Ma et al. 2023, arXiv 2305.11627", "first-order Taylor of each weight, summed over a unit", every="taylor-element")
-register("saap", "after SAAP, arXiv 2412.15127", "vector and element Taylor, fused", every="fused")
+register(
+    "llm-pruner-global",
+    "Ma et al. 2023, arXiv 2305.11627",
+    "the same, over all blocks' heads and neurons in one line",
+    how={"rule": "rank", "shape": "per_layer", "axes": HEADS_AND_NEURONS, "compare": "raw"},
+    every="taylor-element",
+)
+register(
+    "adapt-pruner",
+    "Adapt-Pruner, arXiv 2502.03460",
+    "each block's share by how little it turns the stream, in cuts with training between",
+    how={"rule": "adapted", "shape": "per_layer", "axes": HEADS_AND_NEURONS},
+    every="taylor-element",
+    layer="block-influence",
+)
+register(
+    "efficientllm",
+    "EfficientLLM, arXiv 2502.06663",
+    "the least salient heads, neurons and channels all along training, by its own gradients",
+    how={"rule": "rank", "axes": ("hidden", *HEADS_AND_NEURONS), "from_training": True},
+    every="taylor-element",
+)
+register(
+    "saap",
+    "after SAAP, arXiv 2412.15127",
+    "vector and element Taylor, fused; what fluctuates goes first, over all blocks",
+    how={"rule": "rank", "shape": "per_layer", "axes": HEADS_AND_NEURONS, "compare": "raw", "fluctuation": 0.1},
+    every="fused",
+)
 register("magnitude", "Li et al. 2017, arXiv 1608.08710", "smallest weights", every="magnitude-l1")
 register("minitron", "Muralidharan et al. 2024, arXiv 2407.14679", "smallest activations", every="activation", layer="block-influence")
 register("flap", "An et al. 2024, arXiv 2312.11983", "steadiest inputs of the projections", every="fluctuation")
@@ -82,7 +129,10 @@ def find(name: str) -> Method:
 def listing() -> dict[str, list[dict[str, Any]]]:
     """All methods and all scores, as plain values."""
     _load_plugins()
-    rows = [{"name": m.name, "about": m.about, "paper": m.paper, "scores": dict(m.scores)} for m in METHODS.values()]
+    rows = [
+        {"name": m.name, "about": m.about, "paper": m.paper, "scores": dict(m.scores), "rule": m.rule, "shape": m.shape}
+        for m in METHODS.values()
+    ]
     axes = {name: [axis for axis in PRUNABLE if axis in score.axes] for name, score in scores.SCORES.items()}
     return {
         "methods": rows,
@@ -109,3 +159,68 @@ def choose_scores(method: Method, asked: str | Mapping[str, str] | None, specs: 
     extra = set(asked or ()) - set(specs) - {EVERY_AXIS} if not isinstance(asked, str) else set()
     scores.check(chosen | {axis: table[axis] for axis in sorted(extra)}, specs)
     return chosen
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method as a recipe asks for it, for one source: everything that is known before a weight is read."""
+
+    method: Method
+    budget: int
+    """Parameters that the result may have."""
+    specs: Mapping[str, GateSpec]
+    """The units that may go, by axis."""
+    scores: Mapping[str, str]
+    """Axis -> score; with `layer`'s where the rule weighs blocks by it."""
+    allocation: AllocationConfig
+    uniform: bool
+    """Whether blocks stay alike."""
+    layers: GateSpec
+    """The blocks, for a rule that weighs them."""
+
+    @property
+    def finds_shape(self) -> bool:
+        """Whether the method's scores decide on the shape, too."""
+        return self.method.rule != "shape"
+
+
+def choose(prune: Any, asked: Target | None, source: Anatomy) -> Choice:
+    """What the prune section of a recipe (`shearling.recipe.PruneConfig`) means for a source. Raises `ConfigError` or `ShapeError`."""
+    method, wanted = find(prune.method), asked or Target()
+    axes = tuple(axis for axis in PRUNABLE if axis in (prune.axes or (method.axes if wanted.parameters is not None else PRUNABLE)))
+    given = [field for field in SIZES if getattr(wanted, field) is not None]
+    uniform = (prune.shape or method.shape) == "uniform"
+    problems = []
+    if method.rule == "shape" and not uniform:
+        remedy = f"The method {method.name} cuts every block to one shape: leave it out, or take llm-pruner-global, adapt-pruner or saap."
+        problems.append(Problem("prune.shape", "per_layer", remedy))
+    if method.rule != "shape" and asked is not None:
+        if wanted.parameters is None or given:
+            found = ", ".join(given) or "no budget"
+            remedy = f"The method {method.name} finds its own shape: give target.parameters alone."
+            problems.append(Problem("target", found, remedy))
+        if method.rule == "adapted" and (uniform or not {"group", "neuron"}.issuperset(axes)):
+            remedy = "It adapts heads and neurons to each block: leave prune.shape out, and of prune.axes name group and neuron alone."
+            problems.append(Problem("prune.shape", f"{'uniform' if uniform else 'per_layer'} with {', '.join(axes)}", remedy))
+        if not uniform and "query" in axes:
+            remedy = "Blocks of different sizes lose whole key/value heads with their query heads: leave query out."
+            problems.append(Problem("prune.axes", ", ".join(axes), remedy))
+    if method.from_training and not prune.steps and asked is not None:
+        remedy = f"The method {method.name} scores by training's own gradients: give the number of steps."
+        problems.append(Problem("prune.steps", "0", remedy))
+    if problems:
+        raise ConfigError("this method cannot be used so", problems)
+    target = target_anatomy(source, wanted, axes) if method.rule == "shape" or asked is None else source
+    specs = gate_specs(source, target) if method.rule == "shape" or asked is None else unit_specs(source, axes)
+    blocks = unit_specs(source, ("layer",))
+    weighed = blocks if method.rule == "adapted" and asked is not None else {}
+    chosen = choose_scores(method, prune.scores, {**specs, **weighed})
+    more = {name for name in chosen.values() if scores.SCORES[name].needs - {"weights", "weight_gradients"}}
+    if method.from_training and more:
+        remedy = "Training has weights and their gradients alone: take taylor-element, taylor-vector, or a magnitude."
+        raise ConfigError("this method cannot be used so", [Problem("prune.scores", ", ".join(sorted(more)), remedy)])
+    if method.rule != "shape" and asked is not None:
+        check_budget(source, specs, budget_of(source, wanted) or 0, prune.allocation, adapts=method.rule == "adapted", uniform=uniform)
+    own = {name: getattr(method, name) for name in ("compare", "fluctuation") if getattr(prune.allocation, name) is None}
+    budget = budget_of(source, wanted) or target.parameters()
+    return Choice(method, budget, specs, chosen, prune.allocation.model_copy(update=own), uniform, blocks["layer"])

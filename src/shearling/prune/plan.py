@@ -30,7 +30,8 @@ class PrunePlan:
     """
 
     source_shape: Mapping[str, int]
-    target_shape: Mapping[str, int]
+    target_shape: Mapping[str, Any]
+    """Sizes by config field; where blocks differ, those of heads and neurons are lists."""
     keep: Mapping[str, Any]
     source_fingerprint: str = ""
     made_by: Mapping[str, Any] = field(default_factory=dict)
@@ -80,7 +81,7 @@ def load_plan(path: Path) -> PrunePlan:
         if not isinstance(value, kind):
             problems.append(_wrong(name, value))
     for name, shape in (("source.shape", source.get("shape")), ("target.shape", target.get("shape"))):
-        if not isinstance(shape, dict) or not all(type(size) is int for size in shape.values()):
+        if not isinstance(shape, dict) or not all(type(size) is int or (name[0] == "t" and _indices(size)) for size in shape.values()):
             problems.append(_wrong(name, shape))
     keep, misnumbered = _with_layer_numbers(values.get("keep"))
     problems += misnumbered + _keep_problems(keep)
@@ -170,9 +171,10 @@ def check_plan(plan: PrunePlan, source: Anatomy, target: Anatomy) -> None:
     if problems:
         raise ArtifactError("the plan is not of the form of a plan", shortened(problems))
 
-    def check(where: str, indices: Sequence[int], axis: str) -> None:
-        if len(indices) != target.sizes[axis]:
-            problems.append(Problem(where, f"{len(indices)} kept", f"The target has {target.sizes[axis]}."))
+    def check(where: str, indices: Sequence[int], axis: str, position: int | None = None) -> None:
+        due = target.sizes_in(position)[axis]
+        if len(indices) != due:
+            problems.append(Problem(where, f"{len(indices)} kept", f"The target has {due}."))
         if list(indices) != sorted(set(indices)) or any(not 0 <= i < source.sizes[axis] for i in indices):
             problems.append(Problem(where, f"{list(indices)[:8]}...", f"Indices must ascend within 0..{source.sizes[axis] - 1}."))
 
@@ -181,14 +183,15 @@ def check_plan(plan: PrunePlan, source: Anatomy, target: Anatomy) -> None:
             problems.append(Problem(f"{side}.shape", str(dict(shape)), f"This {side} has {shape_of(anatomy)}."))
     check("keep.layer", plan.keep["layer"], "layer")
     check("keep.hidden", plan.keep["hidden"], "hidden")
-    for layer in plan.keep["layer"]:
+    for place, layer in enumerate(plan.keep["layer"]):
+        position = min(place, target.sizes["layer"] - 1)
         for axis in ("group", "neuron"):
-            check(f"keep.{axis}.{layer}", plan.keep[axis].get(layer, []), axis)
+            check(f"keep.{axis}.{layer}", plan.keep[axis].get(layer, []), axis, position)
         queries = plan.keep["query"].get(layer, [])
-        if len(queries) != target.sizes["group"]:
+        if len(queries) != target.sizes_in(position)["group"]:
             problems.append(Problem(f"keep.query.{layer}", f"{len(queries)} lists", "There is one list for each kept group."))
         for number, chosen in enumerate(queries):
-            check(f"keep.query.{layer}.{number}", chosen, "query")
+            check(f"keep.query.{layer}.{number}", chosen, "query", position)
     for axis in ("group", "query", "neuron"):
         others = [layer for layer in plan.keep[axis] if layer not in plan.keep["layer"]]
         problems += [Problem(f"keep.{axis}.{layer}", "a layer that is not kept", "Only kept layers have an entry.") for layer in others]

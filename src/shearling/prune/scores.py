@@ -76,6 +76,7 @@ def compute(
     world: World | None = None,
     between: Callable[[], None] = lambda: None,
     seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Scores:
     """Score the gates of each axis by the score named for it: {axis: fp32 on the CPU, of the gates' shape}, the same on all processes.
 
@@ -86,8 +87,12 @@ def compute(
     check(names_by_axis, specs)
     specs = {axis: specs[axis] for axis in names_by_axis}
     needs = {need for name in names_by_axis.values() for need in SCORES[name].needs}
-    stats = collect(model, anatomy, specs, objective, batches_BT, needs, world, between, seed)
-    found: Scores = {}
+    return of_stats(names_by_axis, collect(model, anatomy, specs, objective, batches_BT, needs, world, between, seed, masks))
+
+
+def of_stats(names_by_axis: Mapping[str, str], stats: Stats) -> Scores:
+    """The same from statistics that are there: {axis: fp32 on the CPU, of the gates' shape}."""
+    specs, found = stats.specs, dict[str, Tensor]()
     for name in sorted(set(names_by_axis.values())):
         wanted = [axis for axis, other in names_by_axis.items() if other == name]
         scores = SCORES[name].of(replace(stats, specs={axis: specs[axis] for axis in wanted}))

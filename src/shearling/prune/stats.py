@@ -166,12 +166,14 @@ def collect(
     world: World | None = None,
     between: Callable[[], None] = lambda: None,
     seed: int = 0,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> Stats:
     """Everything that `needs` names, from one pass over the batches (token ids on the model's device); the same on all processes.
 
     Small batches tell more of gradients than large ones, since signs cancel inside a batch. `squared_gradients` squares those of
     single sequences, and gives each a pass of its own; whatever else is collected stays that of whole batches. `between` runs
-    before each batch, on all processes as often. An `Attachment` that the model has already must have no gates set. The model is
+    before each batch, on all processes as often. An `Attachment` that the model has already must have no gates set; `masks` are those at
+    which everything is measured, instead of open ones, for the axes that have any. The model is
     evaluated in eval mode without compiled code, and is left as it was. Sharded, its gradients must be sums over the processes.
     """
     wanted, world = set(needs) - {"weights"}, world or World()
@@ -190,7 +192,8 @@ def collect(
     fold = _Fold({name: weight for name, weight in parameters.items() if name in touched}, wanted)
     shapes = {axis: spec.shape for axis, spec in specs.items()} if "gate_gradients" in wanted else {}
     slopes_N = torch.zeros(sum(map(prod, shapes.values())), device=device)
-    squares_N, sums_N = slopes_N.double(), torch.zeros_like(watch.sums_N)
+    squares_N, sums_N, masks = slopes_N.double(), torch.zeros_like(watch.sums_N), {a: m.to(device) for a, m in (masks or {}).items()}
+    start_N = torch.cat([slopes_N[:0], *((masks[a] if a in masks else slopes_N.new_ones(shape)).flatten() for a, shape in shapes.items())])
     backward, dealt = bool(shapes or fold.weights), not fold.weights
     with _as_it_was(model), _uncompiled(model), Attachment(model, anatomy) as attachment, watch.on(model), fold.on():
         for first in range(0, len(batches_BT), world.size if dealt else 1):
@@ -198,11 +201,11 @@ def collect(
             # a sharded model needs every process for each pass, so those that have no batch left repeat the last
             ids_BT = batches_BT[min(first + world.rank, len(batches_BT) - 1) if dealt else first]
             parts = list(ids_BT.split(1)) if fold.squares else [ids_BT]  # type: ignore[no-untyped-call]
-            gates_N = torch.ones_like(slopes_N, requires_grad=bool(shapes))
+            gates_N = start_N.clone().requires_grad_(bool(shapes))
             watch.sums_N.zero_()
             fold.share = 1 / len(parts)
             for part_BT in parts:
-                attachment.set(_views(gates_N, shapes))
+                attachment.set({**masks, **_views(gates_N, shapes)})
                 with torch.set_grad_enabled(backward):
                     loss = objective(model, part_BT).mean()
                 if backward:

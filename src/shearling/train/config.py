@@ -50,6 +50,29 @@ class FitConfig(Config):
         return self
 
 
+class LoraConfig(Config):
+    """Low-rank adapters, which are trained in the place of the weights and merged into them at the end (LoRA, arXiv 2106.09685).
+
+    The defaults are those by which LLM-Pruner (arXiv 2305.11627) recovers, but for its dropout of 0.05, which is not a function of the
+    step and has no place here.
+    """
+
+    rank: Count = 8
+    """Rank of what is added to each weight."""
+    alpha: Positive = 16.0
+    """What is added is scaled by alpha / rank."""
+    targets: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False, min_length=1)] = (
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    )
+    """Projections that get an adapter, in every block, by the last part of their names."""
+
+
 class TrainConfig(FitConfig):
     """Continued pretraining of the cut model."""
 
@@ -63,6 +86,8 @@ class TrainConfig(FitConfig):
     """Share of the steps over which the learning rate rises."""
     evaluate_every: Count = 400
     """Steps between held-out evaluations, each followed by an update of the mixture; there is one after the last step, too."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters alone and merge them into the weights at the end; left out, all weights are trained."""
 
 
 class RuntimeConfig(Config):

@@ -46,11 +46,12 @@ class SavedGates(Protocol):
 def pack(model: nn.Module, optimizer: torch.optim.Optimizer, gates: SavedGates | None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Everything of a stage as tensors by name (not copied; sharded ones stay sharded), and the optimizer's step counts.
 
+    Of the parameters those that are trained: what is frozen comes from the model itself.
     `model/PARAMETER`, `optimizer/MOMENT/PARAMETER` and `gates/NAME`: names outlive any reordering of parameters and groups.
     Hyperparameters are not part of it: they come from the recipe and its schedules.
     """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = {f"model/{name}": parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
     scalars: dict[str, Any] = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
@@ -69,7 +70,7 @@ def unpack(
     The optimizer's state of a parameter that is not in it is empty, as before its first step. Raises `ArtifactError`, before
     anything is changed, for tensors that model, optimizer or gates do not have, for missing weights and gates, and for other shapes.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     _check(saved, scalars, parameters, gates)
     with torch.no_grad():
         for name, parameter in parameters.items():

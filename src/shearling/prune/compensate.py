@@ -1,0 +1,258 @@
+"""Let what is kept stand in for what is gone: the output projections of attention and MLP, fitted anew by least squares.
+
+A cut takes inputs from the projections that write to the residual stream. Their outputs y = W x, with inputs K kept, come nearest to
+what they were with
+
+    W' = argmin  sum over tokens of |y - W' x_K|^2  +  lambda |W' - W_K|^2
+       = W_K + (Y - W_K X) (X + lambda 1)^-1,     X = sum of x_K x_K',   Y = sum of y x_K'
+
+(He, Zhang and Sun 2017, arXiv 1707.06168, equation 1 and "whole model pruning", there for convolutions and without the ridge). The
+ridge pulls to what the cut would leave and not to zero: so on the calibration text no output is further off than without, and in
+directions that the text does not show the weights stay the source's.
+
+How strong it has to be depends on the text: with as many tokens as inputs a weak ridge fits the calibration text to the letter and ruins
+every other. So it is chosen for each projection by what it is worth on text that was not fitted: each half of the batches is fitted
+at a range of lambda and judged by the other half, and the best lambda of the two together fits all. Where none is better than the
+cut as it is, that is what stays.
+
+Block by block, in order: y is what the source's projection gives on the source's stream, x_K what enters it in the model whose earlier
+blocks are cut and compensated already, so that an error made before is made up for where it can be. Only the weights of those two
+projections change; plan, gates and transform see a source with other weights.
+
+Shapes: B sequences of T tokens, N tokens in all; D hidden channels, O of them kept; I inputs of a projection, K of them kept; S lambdas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shearling.arch.axes import parse_pattern
+from shearling.arch.families import Anatomy
+from shearling.errors import NumericsError
+from shearling.prune.attach import Attachment
+from shearling.prune.rotate import forward_only
+
+RANGE = (-6.0, 4.0)
+"""Within which powers of ten a ridge is looked for, relative to the mean square of the kept inputs."""
+_STEPS = 41
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a block is called with beside the stream."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+def compensate(
+    model: nn.Module,
+    anatomy: Anatomy,
+    masks: Mapping[str, Tensor],
+    batches_BT: Sequence[Tensor],
+    *,
+    ridge: float | None = None,
+    stop: Callable[[], None] | None = None,
+) -> dict[str, Tensor]:
+    """Weights for the output projections of every kept block that make up for what `masks` close.
+
+    The calibration text is kept as two streams and one block's outputs, 4 x tokens x D numbers of the model's dtype, and of one
+    projection the second moments, in fp64: a few matrices of K x K and D x K. Takes about five forward passes, and for each projection two
+    eigendecompositions of K x K where the ridge is looked for. On a CPU the same text gives the same bits.
+
+    Args:
+        model: the source, whole, on one device; run in eval mode and left as it was.
+        masks: {axis: 0/1 tensor of the gates' shape}, as `Attachment.set` takes them; an axis left out is open everywhere.
+        batches_BT: token ids on the model's device; the more tokens, the better.
+        ridge: lambda, relative to the sum over tokens of the kept inputs' mean square; more than 0. None: chosen for each projection by
+            halves of the batches, of which there must then be two or more.
+        stop: called before each batch of each pass; may raise.
+
+    Returns:
+        Full name -> weight [D, I] of the model's shape and dtype, for the blocks that the masks keep. Columns that the masks close are
+        zero; rows that `hidden` closes are otherwise the model's own.
+
+    Raises:
+        NumericsError: an activation is not finite, or the ridge is too small for the moments to be inverted.
+    """
+    if not batches_BT:
+        raise ValueError("compensation needs at least one calibration batch")
+    if ridge is None and len(batches_BT) < 2:
+        raise ValueError("a ridge is chosen on batches that were left out, so there must be two or more; or give the ridge")
+    if ridge is not None and not ridge > 0:
+        raise ValueError(f"ridge must be more than 0, not {ridge}")
+    anchors, between = anatomy.family.anchors, stop or (lambda: None)
+    like = next(model.parameters())
+    placed = {axis: mask.to(like.device, like.dtype) for axis, mask in masks.items()}
+    blocks = [model.get_submodule(f"{anchors.layers}.{layer}") for layer in range(anatomy.sizes["layer"])]
+    names = (anchors.attention_output, anchors.mlp_output)
+    found: dict[str, Tensor] = {}
+    with forward_only(model), Attachment(model, anatomy) as gates:
+        sources_BTD, calls = _begin(model, blocks, batches_BT, between)
+        hidden_D = placed.get("hidden", like.new_ones(anatomy.sizes["hidden"]))
+        streams_BTD = [stream * hidden_D for stream in sources_BTD]
+        for layer, block in enumerate(blocks):
+            gates.set({})
+            with _outputs(block, names) as wanted:
+                sources_BTD = [_run(block, x, call[layer], between) for x, call in zip(sources_BTD, calls, strict=True)]
+            if "layer" in placed and not placed["layer"][layer] > 0:
+                continue
+            gates.set(placed)
+            with _put_back(block, names) as put:
+                for name in names:
+                    pattern = next(row.pattern for row in anatomy.family.block if row.name == f"{name}.weight")
+                    kept_K = _kept(pattern, anatomy.sizes, placed, layer).nonzero().flatten().to(like.device)
+                    moments = _Moments(block.get_submodule(name), kept_K, hidden_D.nonzero().flatten(), wanted[name])
+                    with moments.on():
+                        for stream_BTD, call in zip(streams_BTD, calls, strict=True):
+                            _run(block, stream_BTD, call[layer], between)
+                    full_name = f"{anchors.layers}.{layer}.{name}.weight"
+                    found[full_name] = moments.solve(ridge, full_name)
+                    put(name, found[full_name])
+                    wanted[name].clear()
+                streams_BTD = [_run(block, x, call[layer], between) for x, call in zip(streams_BTD, calls, strict=True)]
+    return found
+
+
+class _Moments:
+    """Sums over tokens of products of a projection's kept inputs with themselves and with the outputs wanted of it, by halves."""
+
+    def __init__(self, projection: nn.Module, kept_K: Tensor, open_O: Tensor, wanted: Sequence[Tensor]) -> None:
+        self.projection, self.kept_K, self.open_O, self.wanted, self.calls = projection, kept_K, open_O, wanted, 0
+        weight_DI = projection.get_parameter("weight")
+        self.inputs_2KK = weight_DI.new_zeros(2, len(kept_K), len(kept_K), dtype=torch.float64)
+        self.outputs_2OK = weight_DI.new_zeros(2, len(open_O), len(kept_K), dtype=torch.float64)
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Take them from every call inside, in the order of the outputs; calls in turn to the one half and the other."""
+        handle = self.projection.register_forward_pre_hook(self._add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _add(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x_NK = args[0].flatten(0, -2).index_select(1, self.kept_K).double()
+        y_NO = self.wanted[self.calls].flatten(0, -2).index_select(1, self.open_O).double()
+        bias_D = module._parameters.get("bias")
+        self.inputs_2KK[self.calls % 2].addmm_(x_NK.T, x_NK)
+        self.outputs_2OK[self.calls % 2].addmm_((y_NO if bias_D is None else y_NO - bias_D[self.open_O]).T, x_NK)
+        self.calls += 1
+
+    def solve(self, ridge: float | None, name: str) -> Tensor:
+        """The weight that comes nearest, of the shape and dtype of the projection's."""
+        if not (torch.isfinite(self.inputs_2KK).all() and torch.isfinite(self.outputs_2OK).all()):
+            raise NumericsError(f"{name}: activations are not finite on the calibration text; check the source's weights")
+        weight_DI = self.projection.get_parameter("weight").detach()
+        weight_DK = weight_DI.index_select(1, self.kept_K).double()
+        inputs_KK, missing_2OK = self.inputs_2KK.sum(0), self.outputs_2OK - weight_DK[self.open_O] @ self.inputs_2KK
+        scale = float(inputs_KK.diagonal().mean()) if len(self.kept_K) else 0.0
+        penalty = 0.0  # where nothing enters, nothing can be made up for
+        if scale > 0:
+            penalty = _best_penalty(self.inputs_2KK, missing_2OK, scale) if ridge is None else ridge * scale
+        if 0 < penalty < inf:
+            inputs_KK.diagonal().add_(penalty)
+            lower_KK, failed = torch.linalg.cholesky_ex(inputs_KK)
+            if int(failed):
+                raise NumericsError(
+                    f"{name}: the moments of its inputs have no inverse at a ridge of {penalty / scale:g}; use a larger one"
+                )
+            weight_DK[self.open_O] += torch.cholesky_solve(missing_2OK.sum(0).T, lower_KK).T
+        return torch.zeros_like(weight_DI).index_copy_(1, self.kept_K, weight_DK.to(weight_DI.dtype))
+
+
+def _best_penalty(inputs_2KK: Tensor, missing_2OK: Tensor, scale: float) -> float:
+    """The lambda at which weights that are fitted to one half leave least missing in the other; infinite where none leaves less.
+
+    With X = U diag(e) U' of the half that is fitted, the change of the weights is A diag(s) U', A = (Y - W_K X) U, s = 1 / (e + lambda).
+    It changes the squared error of the other half by s' ((A'A) * X2) s - 2 s' a, where X2 = U' X U and a the column sums of
+    A * ((Y - W_K X) U), both of the other half's moments: K^2 operations for each lambda.
+    """
+    penalties_S = scale * torch.logspace(*RANGE, _STEPS, dtype=torch.float64, device=inputs_2KK.device)
+    errors_S = torch.zeros_like(penalties_S)
+    for half in (0, 1):
+        energies_K, basis_KK = torch.linalg.eigh(inputs_2KK[half])
+        change_OK, rest_OK = missing_2OK[half] @ basis_KK, missing_2OK[1 - half] @ basis_KK
+        square_KK = (change_OK.T @ change_OK) * (basis_KK.T @ inputs_2KK[1 - half] @ basis_KK)
+        shrunk_SK = 1 / (energies_K.clamp(min=0.0) + penalties_S[:, None])
+        errors_S += ((shrunk_SK @ square_KK) * shrunk_SK).sum(1) - 2 * shrunk_SK @ (change_OK * rest_OK).sum(0)
+    best = int(errors_S.argmin())
+    return float(penalties_S[best]) if errors_S[best] < 0 else inf
+
+
+def _begin(
+    model: nn.Module, blocks: Sequence[nn.Module], batches_BT: Sequence[Tensor], between: Callable[[], None]
+) -> tuple[list[Tensor], list[list[_Call]]]:
+    """Of every batch: the stream that enters the first block, and what each block is called with beside it."""
+    streams_BTD: list[Tensor] = []
+    calls: list[list[_Call]] = []
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        stream_BTD = args[0] if args else kwargs["hidden_states"]
+        if module is blocks[0]:
+            streams_BTD.append(stream_BTD)
+        calls[-1].append(_Call(args[1:], {name: value for name, value in kwargs.items() if name != "hidden_states"}))
+
+    with ExitStack() as hooks:
+        for block in blocks:
+            hooks.callback(block.register_forward_pre_hook(before, with_kwargs=True).remove)
+        for ids_BT in batches_BT:
+            between()
+            calls.append([])
+            model(input_ids=ids_BT, use_cache=False, logits_to_keep=1)
+    return streams_BTD, calls
+
+
+def _run(block: nn.Module, stream_BTD: Tensor, call: _Call, between: Callable[[], None]) -> Tensor:
+    """The stream after a block."""
+    between()
+    out = block(stream_BTD, *call.args, **call.kwargs)
+    after_BTD: Tensor = out[0] if isinstance(out, tuple) else out
+    return after_BTD
+
+
+@contextmanager
+def _outputs(block: nn.Module, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """What the projections give, call by call."""
+    outputs: dict[str, list[Tensor]] = {name: [] for name in names}
+    with ExitStack() as hooks:
+        for name in names:
+
+            def after(module: nn.Module, args: object, out: Tensor, name: str = name) -> None:
+                outputs[name].append(out)
+
+            hooks.callback(block.get_submodule(name).register_forward_hook(after).remove)
+        yield outputs
+
+
+@contextmanager
+def _put_back(block: nn.Module, names: Sequence[str]) -> Iterator[Callable[[str, Tensor], None]]:
+    """A function (projection, weight) that puts a weight in its place; at the end the block has its own again."""
+    own = {name: block.get_submodule(name).get_parameter("weight") for name in names}
+
+    def put(name: str, weight: Tensor) -> None:
+        block.get_submodule(name)._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+
+    try:
+        yield put
+    finally:
+        for name, weight in own.items():
+            block.get_submodule(name)._parameters["weight"] = weight
+
+
+def _kept(pattern: str, sizes: Mapping[str, int], masks: Mapping[str, Tensor], layer: int) -> Tensor:
+    """Which inputs of a projection of this pattern the masks leave open, as booleans [I]."""
+    _, axes = parse_pattern(pattern)
+    kept = torch.ones([sizes[axis] for axis in axes], dtype=torch.bool)
+    for spanned in (("group",), ("group", "query"), ("neuron",)):
+        if spanned[-1] in masks and spanned[-1] in axes:
+            kept &= masks[spanned[-1]][layer].gt(0).cpu().reshape([sizes[axis] if axis in spanned else 1 for axis in axes])
+    return kept.flatten()

@@ -1,0 +1,214 @@
+"""The pruning stage: scores or learned gates, masks, the plan, the cut, and the proof that masked and cut model compute the same."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shearling.arch.families import Anatomy
+from shearling.board import alike
+from shearling.data.loader import Loader
+from shearling.export import publish_model
+from shearling.io.tensors import MemoryReader, ShardWriter
+from shearling.prune import scores
+from shearling.prune.allocate import Masks, adapted, all_open, left, ranked, steadied, to_shape
+from shearling.prune.attach import Attachment
+from shearling.prune.gates import Gates
+from shearling.prune.learn import GateLearner
+from shearling.prune.methods import Choice, choose
+from shearling.prune.plan import PrunePlan, plan_from_masks
+from shearling.prune.staged import RunningScores, StagedPruner, cut_steps
+from shearling.prune.stats import Scores
+from shearling.prune.transform import transform
+from shearling.prune.verify import (
+    ROUNDING,
+    TOLERANCE,
+    TOLERANCE_FLOAT64,
+    blame,
+    compare_in_float64,
+    compare_logits,
+    masked_logits,
+    require_equal,
+)
+from shearling.shapes import shape_of, target_config
+from shearling.stages import VERIFY_SEQUENCES, Context, sample_ids, surroundings
+from shearling.train import checkpoint
+from shearling.train.loop import Progress, Surroundings, fit
+from shearling.train.parallel import whole_weights
+
+
+def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray) -> dict[str, Any]:
+    """Decide what goes, cut, verify, and publish `plan.json` and `pruned/`."""
+    config, anatomy = context.recipe.prune, context.source.anatomy
+    began = time.perf_counter()
+    choice = choose(config, context.recipe.target, anatomy)
+    model = context.place(context.source.load_model)
+    around = surroundings(context, "prune", config, source_result["loss"])
+    progress = Progress(shares, around.loader.start(), heldout=dict(source_result["loss"]))
+    begun = context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints)))
+    calibration = _Calibration(context, choice, model, around, shares)
+    with Attachment(model, anatomy) as attachment:
+        make = _learner if choice.method.learns and config.steps else _stager
+        pruner = make(context, choice, model, attachment, calibration, begun)
+        if choice.specs:
+            model.train()
+            progress = fit(model, config, around, progress, pruner)
+            if isinstance(pruner, StagedPruner):
+                pruner.catch_up(config.steps)  # where the last step was skipped
+    model.eval()
+    masks = pruner.gates.hardened() if isinstance(pruner, GateLearner) else pruner.masks
+    target = left(anatomy, masks)
+    made_by = {"method": choice.method.name, "scores": dict(choice.scores), "seed": context.recipe.seed, "steps": config.steps}
+    if isinstance(pruner, GateLearner):
+        made_by |= {"gates": config.gates.model_dump(mode="json")}
+    elif choice.specs:
+        made_by |= {"cuts": config.cuts} | ({"allocation": choice.allocation.model_dump(mode="json")} if choice.finds_shape else {})
+    plan = plan_from_masks(anatomy, target, masks, source_result["fingerprint"], made_by)
+    difference = _cut(context, model, masks, plan, target)
+    measurements = pruner.measurements if isinstance(pruner, StagedPruner) else 1
+    del model, attachment, pruner, calibration  # before the cut model is loaded
+    return {
+        "loss": {
+            "before_hardening": progress.heldout if config.steps and choice.specs else None,
+            "pruned": context.evaluate(context.load_pruned()),
+        },
+        "tokens": progress.tokens + measurements * _calibration_tokens(context, choice),
+        "steps": progress.step,
+        "weights": progress.weights.tolist(),
+        "cursors": progress.cursors.tolist(),
+        "training_seconds": round(progress.seconds, 3),
+        "seconds": round(time.perf_counter() - began, 3),
+        "verify": {**difference, "sequences": VERIFY_SEQUENCES},
+        "shape": shape_of(target),
+    }
+
+
+class _Calibration:
+    """Scores of every unit on sequences that no step is trained on in this order: other ones for each measurement."""
+
+    def __init__(self, context: Context, choice: Choice, model: nn.Module, around: Surroundings, shares: np.ndarray) -> None:
+        self._context, self._choice, self._model, self._around, self._shares = context, choice, model, around, shares
+
+    def measure(self, masks: Mapping[str, Tensor], number: int) -> Scores:
+        """By the recipe's scores, with these masks; less what fluctuates over the batches, where the method says so."""
+        context, choice = self._context, self._choice
+        batches: list[Tensor] = []
+        sequences = _calibration_tokens(context, choice) // context.tokens.sequence_length
+        if sequences:
+            context.show.note(f"scoring every unit on {sequences} sequences" + (f", measurement {number + 1}" if number else ""))
+            calibration = Loader(context.tokens, sequences, context.recipe.seed)
+            ids_BT = torch.from_numpy(calibration.batch(number, self._shares, self._around.loader.start()).ids).to(context.device)
+            batches = [ids_BT[start : start + 2] for start in range(0, len(ids_BT), 2)]
+        weight = choice.allocation.fluctuation if choice.finds_shape else 0.0
+        if weight and len(batches) > 1:
+            return steadied([self._compute([batch], masks) for batch in batches], weight, masks)
+        return self._compute(batches, masks)
+
+    def _compute(self, batches: list[Tensor], masks: Mapping[str, Tensor]) -> Scores:
+        context, choice = self._context, self._choice
+        specs = {**choice.specs, **({"layer": choice.layers} if "layer" in choice.scores else {})}
+        with alike():
+            return scores.compute(
+                choice.scores,
+                self._model,
+                context.source.anatomy,
+                specs,
+                context.objective,
+                batches,
+                context.world,
+                context.check_stop,
+                context.recipe.seed,
+                masks,
+            )
+
+
+def _learner(
+    context: Context, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
+) -> GateLearner:
+    config, seed = context.recipe.prune, context.recipe.seed
+    gates = Gates(choice.specs).to(context.device)
+    learner = GateLearner(gates, attachment, config.gates, steps=config.steps, warmup=round(config.warmup * config.steps), seed=seed)
+    if choice.specs and not begun and config.gates.start != "constant":
+        learner.start_from(calibration.measure({}, 0))
+    return learner
+
+
+def _stager(
+    context: Context, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
+) -> StagedPruner:
+    config, source, rule = context.recipe.prune, context.source.anatomy, choice.allocation
+    full = source.parameters()
+
+    def cut(masks: Masks, found: Scores, share: float, state_L: Tensor) -> tuple[Masks, bool]:
+        budget = round(full - (full - choice.budget) * share)
+        with alike():
+            if choice.method.rule == "rank":
+                return ranked(source, masks, found, budget, rule, uniform=choice.uniform), True
+            if choice.method.rule == "adapted":
+                return adapted(source, masks, found, budget, rule, state_L)
+            return to_shape(masks, found, choice.specs, share), True
+
+    running = RunningScores(choice.scores, model, source, choice.specs) if choice.method.from_training and choice.specs else None
+    at = cut_steps(config.steps, config.cuts, config.share, at_start=running is None) if choice.specs else []
+    pruner = StagedPruner(
+        source,
+        attachment,
+        all_open(source, choice.specs),
+        cut=cut,
+        measure=calibration.measure,
+        at=at,
+        running=running,
+        device=context.device,
+    )
+    if not begun:
+        pruner.catch_up(0)
+    return pruner
+
+
+def _calibration_tokens(context: Context, choice: Choice) -> int:
+    """Tokens of one measurement; none where scores look at the weights alone, or at nothing, or at what training sees anyway."""
+    needs = {need for name in choice.scores.values() for need in scores.SCORES[name].needs}
+    if not choice.specs or not needs - {"weights"} or choice.method.from_training or context.recipe.prune.gates.start == "constant":
+        return 0
+    return context.recipe.prune.gates.calibration_sequences * context.tokens.sequence_length
+
+
+def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: PrunePlan, target: Anatomy) -> dict[str, float]:
+    """Write `pruned/` and `plan.json` from the trained weights, and publish only what computes what the gated model does."""
+    anatomy, ids = context.source.anatomy, sample_ids(context)
+    masks = {axis: mask.to(context.device) for axis, mask in masks.items()}
+    expected = masked_logits(model, anatomy, masks, ids)
+    reader = MemoryReader(whole_weights(model, context.world))
+    found: dict[str, float] = {}
+
+    def write(writer: ShardWriter) -> None:
+        for name, tensor in transform(plan, anatomy, target, reader):
+            writer.add(name, tensor)
+
+    def verify(cut: nn.Module) -> None:
+        difference = compare_logits(cut.to(context.device), expected, ids)
+        found.update(vars(difference))
+        detail = partial(blame, masks, anatomy, target, reader, cut.state_dict())
+        if TOLERANCE < difference.relative_difference <= ROUNDING:
+            context.show.note(f"logits differ by {difference.relative_difference:.1g} of their range in fp32: comparing in fp64")
+            gated = context.source.load_model(torch.bfloat16).to(context.device)
+            exact = compare_in_float64(gated, anatomy, masks, reader, cut, ids)
+            found["relative_difference_float64"] = exact.relative_difference
+            require_equal(exact, TOLERANCE_FLOAT64, "in fp64, the gated model and the cut model", detail)
+        else:
+            require_equal(difference, detail=detail)
+
+    def publish() -> dict[str, float]:
+        final = context.path / "pruned"
+        values = target_config(context.source.config, anatomy, target, plan.layers)
+        publish_model(write, values, context.source.save_companions, final, torch.float32, verify, replace=final.exists())
+        plan.save(context.path / "plan.json")
+        return found
+
+    return context.world.rank0_decides(publish)

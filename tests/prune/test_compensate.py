@@ -1,0 +1,317 @@
+"""What is kept stands in for what is gone: exactly where it can, and on the calibration text never worse than the plain cut."""
+
+from __future__ import annotations
+
+import copy
+from math import inf
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from models import FAMILIES, tiny_config, tiny_model
+from shearling.arch.families import Anatomy, anatomy_of
+from shearling.errors import NumericsError
+from shearling.prune.attach import Attachment
+from shearling.prune.compensate import _best_penalty, compensate
+from shearling.prune.gates import Gates, gate_specs
+from shearling.prune.plan import plan_from_masks
+from shearling.prune.transform import transform
+from shearling.prune.verify import compare_logits, masked_logits
+from shearling.shapes import target_config
+from test_masked_equals_cut import model_of, wholly_double
+from test_rotate import source as biased_source
+
+GENERATOR = torch.Generator().manual_seed(11)
+BATCHES = [torch.randint(0, 96, (2, 23), generator=GENERATOR) for _ in range(6)]
+SIZES = {"layer": 2, "hidden": 36, "group": 2, "query": 1, "neuron": 24}
+LINEARS = ("self_attn.o_proj", "mlp.down_proj")
+Masks = dict[str, Tensor]
+
+
+def source(family: str, **sizes: Any) -> tuple[Any, Anatomy]:
+    """A tiny model in fp64, norms included, and its anatomy."""
+    model = tiny_model(family, **sizes).double()
+    wholly_double(model)
+    return model, anatomy_of(tiny_config(family, **sizes).to_dict())
+
+
+def some_masks(anatomy: Anatomy, sizes: dict[str, int], seed: int = 0) -> Masks:
+    """Random masks that leave these sizes."""
+    gates = Gates(gate_specs(anatomy, anatomy.with_sizes(**sizes)))
+    with torch.no_grad():
+        for log_alpha in gates.log_alpha.values():
+            log_alpha.copy_(torch.randn(log_alpha.shape, generator=torch.Generator().manual_seed(seed)))
+    return gates.hardened()
+
+
+def with_weights(model: Any, weights: dict[str, Tensor]) -> Any:
+    """A copy of the model with these weights in place."""
+    other = copy.deepcopy(model)
+    _, unexpected = other.load_state_dict(weights, strict=False)
+    assert not unexpected
+    wholly_double(other)
+    return other
+
+
+def gated(model: Any, anatomy: Anatomy, masks: Masks, batches: list[Tensor] = BATCHES) -> Tensor:
+    """Logits [N, V] over all batches, with these gates."""
+    masks = {axis: mask.double() for axis, mask in masks.items()}
+    return torch.cat([masked_logits(model, anatomy, masks, ids).flatten(0, 1) for ids in batches])
+
+
+def passing(model: Any, anatomy: Anatomy, masks: Masks) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of every output projection: its inputs [N, I] and outputs [N, D] over all batches, with these gates."""
+    found: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    handles = []
+    with Attachment(model, anatomy) as attachment, torch.no_grad():
+        for name, module in model.named_modules():
+            if name.endswith(LINEARS):
+
+                def keep(module: Any, args: Any, out: Tensor, name: str = name) -> None:
+                    found.setdefault(name, []).append((args[0].flatten(0, 1), out.flatten(0, 1)))
+
+                handles.append(module.register_forward_hook(keep))
+        attachment.set({axis: mask.double() for axis, mask in masks.items()})
+        for ids in BATCHES:
+            model(input_ids=ids)
+    for handle in handles:
+        handle.remove()
+    return {name: (torch.cat([x for x, _ in pairs]), torch.cat([y for _, y in pairs])) for name, pairs in found.items()}
+
+
+def kept_inputs(anatomy: Anatomy, masks: Masks, name: str) -> Tensor:
+    """Which inputs of a projection are open [I], as numbers, from the masks one by one."""
+    layer = int(name.split(".")[2])
+    sizes = anatomy.sizes
+    if name.endswith("down_proj"):
+        return masks["neuron"][layer].double() if "neuron" in masks else torch.ones(sizes["neuron"], dtype=torch.float64)
+    kept = []
+    for group in range(sizes["group"]):
+        for query in range(sizes["query"]):
+            one = masks["group"][layer][group] if "group" in masks else torch.tensor(1.0)
+            other = masks["query"][layer][group][query] if "query" in masks else torch.tensor(1.0)
+            kept += [float(one * other)] * sizes["head_dim"]
+    return torch.tensor(kept, dtype=torch.float64)
+
+
+def duplicate(model: Any, pairs: int = 8) -> Masks:
+    """Make the last neurons linear in the first ones, and the second query head of each group equal to its first; masks of the rest."""
+    with torch.no_grad():
+        for block in model.model.layers:
+            gate, up = block.mlp.gate_proj.weight, block.mlp.up_proj.weight
+            mixing = torch.randn(pairs, pairs, generator=GENERATOR, dtype=torch.float64)
+            gate[:] = gate[:1]  # one nonlinearity for all, so that neurons are as linear as `up` is
+            up[-pairs:] = mixing @ up[:pairs]
+            queries = block.self_attn.q_proj.weight.view(3, 2, 8, -1)
+            queries[:, 1] = queries[:, 0]
+            if block.self_attn.q_proj.bias is not None:
+                bias = block.self_attn.q_proj.bias.view(3, 2, 8)
+                bias[:, 1] = bias[:, 0]
+    neuron, query = torch.ones(3, 40), torch.ones(3, 3, 2)
+    neuron[:, -pairs:] = 0
+    query[0, :, 0], query[1:, :, 1] = 0, 0
+    return {"neuron": neuron, "query": query}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_linear_in_the_rest_is_made_up_for_exactly(family: str) -> None:
+    model, anatomy = source(family)
+    masks = duplicate(model)
+    before = gated(model, anatomy, {})
+    found = compensate(model, anatomy, masks, BATCHES, ridge=1e-13)
+    plain = gated(model, anatomy, masks)
+    after = gated(with_weights(model, found), anatomy, masks)
+    spread = before.max() - before.min()
+    assert (plain - before).abs().max() > 0.05 * spread
+    assert (after - before).abs().max() < 1e-6 * spread
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("axes", [("neuron",), ("group", "query"), ("query", "neuron", "layer"), tuple(SIZES)])
+def test_no_output_is_further_off_than_without(family: str, axes: tuple[str, ...]) -> None:
+    """Of every projection, against the source's output, whatever the ridge; and all in all the logits are nearer."""
+    model, anatomy = source(family)
+    masks = some_masks(anatomy, {axis: SIZES[axis] for axis in axes})
+    wanted, before = passing(model, anatomy, {}), gated(model, anatomy, {})
+    plain = gated(model, anatomy, masks)
+    open_layers = [layer for layer in range(3) if "layer" not in masks or masks["layer"][layer] > 0]
+    for ridge in (1e-8, 1e-4, 1.0, None):
+        found = compensate(model, anatomy, masks, BATCHES, ridge=ridge)
+        assert found.keys() == {f"model.layers.{layer}.{linear}.weight" for layer in open_layers for linear in LINEARS}
+        other = with_weights(model, found)
+        gains = []
+        for name, (x, _) in passing(other, anatomy, masks).items():
+            if f"{name}.weight" in found:
+                kept = kept_inputs(anatomy, masks, name)
+                own, fitted = model.get_parameter(f"{name}.weight").detach(), found[f"{name}.weight"]
+                assert not fitted[:, kept == 0].any() and fitted.shape == own.shape and fitted.dtype == own.dtype
+                y = wanted[name][1] - (
+                    getattr(model.get_submodule(name), "bias", None) if model.get_submodule(name).bias is not None else 0
+                )
+                rows = masks.get("hidden", torch.ones(48)) > 0
+                assert torch.equal(fitted[~rows], own[~rows] * kept)
+                errors = [(y - x @ weight.T)[:, rows].square().sum() for weight in (fitted, own * kept)]
+                gains.append(float(errors[0] / errors[1].clamp(min=1e-20)))
+        assert max(gains) <= 1 + 1e-9  # which is not said of text that was not fitted
+        assert min(gains) < 0.999
+        if ridge != 1.0:
+            assert (gated(other, anatomy, masks) - before).square().mean() < (plain - before).square().mean()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_it_is_the_least_squares_solution(biased: bool) -> None:
+    """Of the first block, whose attention reads the same stream in both, against the normal equations' stacked form."""
+    model, anatomy = biased_source("llama", biased=biased)
+    wholly_double(model)
+    masks, ridge = some_masks(anatomy, {"query": 1}), 1e-2
+    name = "model.layers.0.self_attn.o_proj"
+    found = compensate(model, anatomy, masks, BATCHES, ridge=ridge)[f"{name}.weight"]
+    x, y = passing(model, anatomy, {})[name]
+    assert (model.get_submodule(name).bias is not None) == biased
+    y = y - model.get_submodule(name).bias.detach() if biased else y
+    kept = kept_inputs(anatomy, masks, name) > 0
+    x, own = x[:, kept], model.get_parameter(f"{name}.weight").detach()[:, kept]
+    root = (ridge * x.square().sum(0).mean()).sqrt()
+    rows, targets = torch.cat([x, root * torch.eye(int(kept.sum()), dtype=x.dtype)]), torch.cat([y, root * own.T])
+    torch.testing.assert_close(found[:, kept], torch.linalg.lstsq(rows, targets).solution.T, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gated_equals_cut_with_the_new_weights(family: str) -> None:
+    model, anatomy = source(family, tied=family in ("llama", "qwen3"))
+    masks = some_masks(anatomy, SIZES, seed=3)
+    target = anatomy.with_sizes(**SIZES)
+    other = with_weights(model, compensate(model, anatomy, masks, BATCHES))
+    plan = plan_from_masks(anatomy, target, masks)
+
+    class Reader:
+        def get(self, name: str) -> Tensor:
+            return other.get_parameter(name)
+
+    state = dict(transform(plan, anatomy, target, Reader()))
+    cut = model_of(state, target_config(model.config.to_dict(), anatomy, target, plan.layers), torch.float64)
+    wholly_double(cut)
+    masks = {axis: mask.double() for axis, mask in masks.items()}
+    assert compare_logits(cut, masked_logits(other, anatomy, masks, BATCHES[0]), BATCHES[0]).relative_difference < 1e-10
+    assert compare_logits(cut, masked_logits(model, anatomy, masks, BATCHES[0]), BATCHES[0]).relative_difference > 1e-3
+
+
+def test_later_blocks_make_up_for_earlier_ones() -> None:
+    """What enters a projection is measured in the model that is cut and compensated before it, not in the source."""
+    model, anatomy = source("llama")
+    masks = {"neuron": torch.ones(3, 40)}
+    masks["neuron"][0, :30] = 0
+    found = compensate(model, anatomy, masks, BATCHES, ridge=1e-10)
+    same, new = (model.get_parameter("model.layers.0.self_attn.o_proj.weight"), found["model.layers.0.self_attn.o_proj.weight"])
+    torch.testing.assert_close(new, same.detach(), rtol=1e-6, atol=1e-8)
+    untouched = "model.layers.2.mlp.down_proj.weight"  # nothing of it is cut, but what it reads is
+    assert (found[untouched] - model.get_parameter(untouched)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_fewer_tokens_than_inputs(tokens: int) -> None:
+    model, anatomy = source("mistral")
+    masks = some_masks(anatomy, {"neuron": 30, "query": 1})
+    found = compensate(model, anatomy, masks, [BATCHES[0][:1, :tokens]], ridge=1e-4)
+    for name, weight in found.items():
+        kept = kept_inputs(anatomy, masks, name.removesuffix(".weight")) > 0
+        own = model.get_parameter(name).detach()
+        assert torch.isfinite(weight).all()
+        changed = torch.linalg.matrix_rank(weight[:, kept] - own[:, kept], atol=1e-9)
+        assert 0 < changed <= tokens  # where the text shows nothing, the weight is the source's
+        assert weight.abs().max() < 10 * own.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_ridge_is_chosen_by_text_that_was_not_fitted(family: str) -> None:
+    """With about as many tokens as inputs a weak ridge ruins other text; the chosen one does not, and with more tokens it helps there."""
+    model, anatomy = source(family)
+    masks = some_masks(anatomy, {"neuron": 32, "query": 1})
+    fresh = [torch.randint(0, 96, (4, 23), generator=torch.Generator().manual_seed(99))]
+    more = [torch.randint(0, 96, (4, 23), generator=torch.Generator().manual_seed(seed)) for seed in range(12)]
+
+    def error(weights: dict[str, Tensor]) -> float:
+        other = with_weights(model, weights)
+        return float((gated(other, anatomy, masks, fresh) - gated(model, anatomy, {}, fresh)).square().mean())
+
+    few = [BATCHES[0][:1], BATCHES[1][:1]]
+    plain = error({})
+    assert error(compensate(model, anatomy, masks, few, ridge=1e-6)) > 1.2 * plain
+    assert error(compensate(model, anatomy, masks, few)) < 1.02 * plain
+    assert error(compensate(model, anatomy, masks, more)) < 0.97 * plain
+
+
+def test_the_chosen_ridge_is_the_best_of_two_halves() -> None:
+    """Against the errors themselves, at every lambda of the range."""
+    generator = torch.Generator().manual_seed(4)
+    x_2NK = torch.randn(2, 30, 12, generator=generator, dtype=torch.float64) * torch.linspace(0.1, 3, 12, dtype=torch.float64)
+    truth = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    found = []
+    for noise in (0.0, 3.0, 1000.0):
+        y_2ND = x_2NK @ truth.T * (noise < 1000) + noise * torch.randn(2, 30, 5, generator=generator, dtype=torch.float64)
+        inputs, missing = x_2NK.mT @ x_2NK, y_2ND.mT @ x_2NK
+        scale = float(inputs.sum(0).diagonal().mean())
+        errors = {inf: float(y_2ND.square().sum())}
+        for step in range(41):
+            penalty = scale * 10 ** (-6 + step / 4)
+            fitted = [torch.linalg.solve(inputs[half] + penalty * torch.eye(12), missing[half].T) for half in (0, 1)]
+            errors[penalty] = sum(float((y_2ND[1 - half] - x_2NK[1 - half] @ fitted[half]).square().sum()) for half in (0, 1))
+        found.append(_best_penalty(inputs, missing, scale) / scale)
+        assert found[-1] == pytest.approx(min(errors, key=lambda penalty: errors[penalty]) / scale)
+    assert found[0] == pytest.approx(1e-6) and 1e-3 < found[1] < 1e3 and found[2] == inf
+
+
+def test_the_same_bits_twice_and_the_model_as_it_was() -> None:
+    model, anatomy = source("qwen3", tied=True)
+    model = model.float().train()
+    masks, calls = some_masks(anatomy, SIZES), []
+    before = {name: (weight, weight.clone()) for name, weight in model.named_parameters()}
+    first = compensate(model, anatomy, masks, BATCHES, stop=lambda: calls.append(1))
+    second = compensate(model, anatomy, masks, BATCHES)
+    assert first.keys() == second.keys() and all(torch.equal(weight, second[name]) for name, weight in first.items())
+    assert all(weight.dtype == torch.float32 and not weight.requires_grad for weight in first.values())
+    assert len(calls) == len(BATCHES) * (1 + 3 + 2 * 3)  # begin, the source's three blocks, each kept one thrice
+    after = dict(model.named_parameters())
+    assert all(after[name] is weight and torch.equal(weight, copied) for name, (weight, copied) in before.items())
+    assert model.training and all(weight.requires_grad and weight.grad is None for weight in after.values())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_a_stop_on_the_way_leaves_the_model_as_it_was() -> None:
+    model, anatomy = source("llama")
+    masks, left = some_masks(anatomy, {"neuron": 20}), iter(range(33))
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+
+    def stop() -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        compensate(model, anatomy, masks, BATCHES, stop=stop)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
+def test_inputs_that_are_all_zero_leave_the_weight() -> None:
+    model, anatomy = source("llama")
+    torch.nn.init.zeros_(model.model.layers[1].mlp.up_proj.weight)
+    masks = some_masks(anatomy, {"neuron": 20})
+    found = compensate(model, anatomy, masks, BATCHES)["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(found, model.model.layers[1].mlp.down_proj.weight.detach() * masks["neuron"][1])
+
+
+def test_what_is_wrong_is_refused() -> None:
+    model, anatomy = source("llama")
+    with pytest.raises(ValueError, match="at least one"):
+        compensate(model, anatomy, {}, [])
+    with pytest.raises(ValueError, match="more than 0"):
+        compensate(model, anatomy, {}, BATCHES, ridge=0.0)
+    with pytest.raises(NumericsError, match="use a larger one"):
+        compensate(model, anatomy, {}, [BATCHES[0][:1, :3]], ridge=1e-300)
+    with pytest.raises(ValueError, match="two or more"):
+        compensate(model, anatomy, {}, BATCHES[:1])
+    torch.nn.init.constant_(model.model.layers[1].mlp.up_proj.weight, float("nan"))
+    with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.down_proj.*not finite"):
+        compensate(model, anatomy, {}, BATCHES)

@@ -1,0 +1,161 @@
+"""Methods that find their own shape under a budget of parameters, in one cut or in many, through the whole pipeline."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import shearling
+from models import save_tiny_source
+from runs import SignalAt, contents, metrics, recipe_values, write_text
+from shearling.arch.families import anatomy_of
+from shearling.errors import ConfigError, OutputError, ShapeError, Stopped
+
+SIZES: dict[str, dict[str, Any]] = {"llama": {"tied": True, "layers": 4}, "qwen3": {"tied": False, "layers": 4}}
+METHODS: dict[str, dict[str, Any]] = {
+    "taylor": {},
+    "sheared-llama": {"steps": 8},
+    "llm-pruner-global": {},
+    "llm-pruner-global in two cuts": {"cuts": 2},
+    "llm-pruner-global alike": {"shape": "uniform", "axes": ["hidden", "group", "neuron"]},
+    "saap": {},
+    "adapt-pruner": {"steps": 6, "cuts": 3, "share": "linear"},
+    "efficientllm": {"steps": 6, "cuts": 3},
+}
+
+
+@pytest.fixture(scope="module")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    root = tmp_path_factory.mktemp("budget-sources")
+
+    def get(family: str) -> Path:
+        if not (root / family).exists():
+            save_tiny_source(root / family, family, **SIZES[family])
+        return root / family
+
+    return get
+
+
+def values_of(source: Path, domains: dict[str, str], name: str, share: float = 0.7, **more: Any) -> dict[str, Any]:
+    prune = {"method": name.split()[0], "steps": 0, "gates": {"calibration_sequences": 4}, "evaluate_every": 2, **METHODS[name]}
+    return recipe_values(source, domains, target={"parameters": share}, prune=prune, **more)
+
+
+@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_budget_is_met_and_the_result_is_a_model(
+    name: str, family: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    report = shearling.run(values_of(sources(family), domains, name), out)
+    budget = int(0.7 * report["source"]["parameters"])
+    found = report["model"]["parameters"]
+    config = json.loads((out / "model" / "config.json").read_text())
+    anatomy = anatomy_of(config)
+    model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+    assert found == anatomy.parameters() == sum(p.numel() for p in model.parameters())
+    # within the smallest unit that goes at once: a neuron, or one of every block
+    uniform = "alike" in name or name in ("taylor", "sheared-llama", "efficientllm")
+    neuron = 3 * anatomy.sizes["hidden"]
+    assert budget - neuron * (anatomy.sizes["layer"] if uniform else 1) < found <= budget, (found, budget)
+    assert (config["model_type"] == family) == (not anatomy.blocks)
+    assert not (uniform and anatomy.blocks)
+    assert report["verify"]["relative_difference"] <= 1e-4
+    assert report["loss"]["final"]["mean"] < report["loss"]["source"]["mean"] + 2
+    ids = torch.arange(8).reshape(1, 8)
+    cached = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(cached, model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False))
+    plan = json.loads((out / "plan.json").read_text())
+    assert plan["target"]["shape"] == report["model"]["shape"] and plan["made_by"]["method"] == name.split()[0]
+    assert "<html" in (out / "report.html").read_text()
+
+
+def test_blocks_differ_where_they_may(sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    """And the checkpoint loads in plain transformers with the code that lies beside it."""
+    report = shearling.prune(values_of(sources("llama"), domains, "llm-pruner-global"), tmp_path / "run")
+    assert len(set(report["model"]["shape"]["intermediate_size"])) > 1
+    load = (
+        "import sys; sys.modules['shearling'] = None\n"
+        "from transformers import AutoModelForCausalLM\n"
+        f"print(type(AutoModelForCausalLM.from_pretrained({str(tmp_path / 'run' / 'pruned')!r}, trust_remote_code=True)).__name__)"
+    )
+    environment = {"HF_HOME": str(tmp_path / "cache"), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-c", load], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "ShearedForCausalLM", done.stderr[-2000:]
+
+
+def test_padding_gives_a_stock_checkpoint_of_the_same_function(
+    sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path
+) -> None:
+    shearling.prune(values_of(sources("qwen3"), domains, "saap"), tmp_path / "run")
+    found = shearling.pad(tmp_path / "run" / "pruned", tmp_path / "padded")
+    assert found["after"] > found["before"] and found["relative_difference"] < 1e-5
+    assert json.loads((tmp_path / "padded" / "config.json").read_text())["model_type"] == "qwen3"
+    assert not list((tmp_path / "padded").glob("*.py"))
+    own, padded = (
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32) for path in (tmp_path / "run" / "pruned", tmp_path / "padded")
+    )
+    ids = torch.arange(40).reshape(2, 20)
+    assert torch.allclose(own(ids).logits, padded(ids).logits, atol=1e-5)
+    with pytest.raises(OutputError):
+        shearling.pad(tmp_path / "run" / "pruned", tmp_path / "padded")
+
+
+@pytest.mark.parametrize("name", ["adapt-pruner", "efficientllm"])
+def test_a_signal_between_cuts_changes_nothing(name: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    values = values_of(sources("llama"), domains, name, runtime={"precision": "float32"})
+    shearling.run(values, tmp_path / "whole")
+    for step in (1, 3, 5):
+        with pytest.raises(Stopped):
+            shearling.run(values, tmp_path / "broken", show=SignalAt(("prune", step), signal.SIGTERM))
+    shearling.run(values, tmp_path / "broken")
+    assert contents(tmp_path / "whole" / "model") == contents(tmp_path / "broken" / "model")
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "broken")
+    parameters = [line["parameters"] for line in metrics(tmp_path / "whole") if "parameters" in line]
+    assert parameters == sorted(parameters, reverse=True) and len(set(parameters)) >= 2
+
+
+WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "sizes": ({"target": {"hidden_size": 24}}, ConfigError, "finds its own shape"),
+    "no steps": ({"prune": {"method": "efficientllm", "steps": 0}}, ConfigError, "prune.steps"),
+    "alike and adapted": ({"prune": {"method": "adapt-pruner", "shape": "uniform"}}, ConfigError, "prune.shape"),
+    "query by block": ({"prune": {"axes": ["query", "neuron"]}}, ConfigError, "prune.axes"),
+    "a shape by a method that has none": ({"prune": {"method": "taylor", "shape": "per_layer"}}, ConfigError, "prune.shape"),
+    "too little": ({"target": {"parameters": 0.1}}, ShapeError, "target.parameters"),
+    "too much": ({"target": {"parameters": 10**9}}, ShapeError, "target.parameters"),
+    "more cuts than steps": ({"prune": {"steps": 2, "cuts": 3}}, ConfigError, "Cuts"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_cannot_be_is_said_before_any_work(case: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    changes, kind, match = WRONG[case]
+    values = values_of(sources("llama"), domains, "llm-pruner-global")
+    for section, change in changes.items():
+        values[section] = change if section == "target" else {**values[section], **change}
+    with pytest.raises(kind, match=match):
+        shearling.run(values, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_depth_by_a_budget(sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    """`prune.axes: [layer]` takes whole blocks alone, whatever the score."""
+    values = values_of(sources("qwen3"), domains, "taylor")
+    values["prune"]["axes"] = ["layer"]
+    report = shearling.prune(values, tmp_path / "run")
+    shape = report["model"]["shape"]
+    assert shape["num_hidden_layers"] == 2 and {**shape, "num_hidden_layers": 4} == report["source"]["shape"]
