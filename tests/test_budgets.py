@@ -129,6 +129,36 @@ def test_a_signal_between_cuts_changes_nothing(name: str, sources: Callable[[str
     assert parameters == sorted(parameters, reverse=True) and len(set(parameters)) >= 2
 
 
+@pytest.mark.parametrize("rotate", ["no", "tied", "untied"])
+@pytest.mark.parametrize("family", SIZES)
+def test_rotated_and_compensated(rotate: str, family: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    """A stock checkpoint that computes what the turned, fitted, masked source does; the plan says how it was made."""
+    values = values_of(sources(family), domains, "taylor")
+    values["prune"] |= {"rotate": rotate, "compensate": 8}
+    report = shearling.run(values, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["model_type"] == family and config["tie_word_embeddings"] is (SIZES[family]["tied"] and rotate != "untied")
+    assert report["model"]["parameters"] <= 0.7 * report["source"]["parameters"]
+    assert report["verify"]["relative_difference"] <= 1e-4 or report["verify"]["relative_difference_float64"] <= 1e-8
+    made_by = json.loads((tmp_path / "run" / "plan.json").read_text())["made_by"]
+    assert made_by["compensated_on"] == 8 and made_by.get("rotated", "no") == rotate
+    assert report["tokens"]["prune"] == 32 * (4 + 8 + (4 if rotate != "no" else 0))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
+    assert sum(p.numel() for p in model.parameters()) == report["model"]["parameters"]
+
+
+def test_learned_gates_on_a_turned_stream_go_on_after_a_signal(
+    sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path
+) -> None:
+    values = values_of(sources("llama"), domains, "sheared-llama", runtime={"precision": "float32"})
+    values["prune"] |= {"rotate": "untied", "compensate": 8}
+    shearling.prune(values, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        shearling.prune(values, tmp_path / "broken", show=SignalAt(("prune", 3), signal.SIGTERM))
+    shearling.prune(values, tmp_path / "broken")
+    assert contents(tmp_path / "whole" / "pruned") == contents(tmp_path / "broken" / "pruned")
+
+
 WRONG: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "sizes": ({"target": {"hidden_size": 24}}, ConfigError, "finds its own shape"),
     "no steps": ({"prune": {"method": "efficientllm", "steps": 0}}, ConfigError, "prune.steps"),

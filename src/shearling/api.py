@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from shearling.arch.families import Anatomy
 from shearling.config import parse
-from shearling.errors import ArtifactError, Problem
+from shearling.errors import ArtifactError, ConfigError, Problem
 from shearling.io.files import check_writable, read_json, refuse_existing, write_atomic
 from shearling.planning import (
     STAGES_THAT_TRAIN,
@@ -273,7 +273,11 @@ def _checked(recipe: Recipe, last: str, world: World, overwrite: bool) -> tuple[
     if recipe.target is not None:
         from shearling.prune.methods import choose
 
-        choose(recipe.prune, recipe.target, source.anatomy)
+        choose(recipe.prune, source.anatomy, recipe.target)
+    whole = [field for field in ("rotate", "compensate") if getattr(recipe.prune, field) not in ("no", 0)]
+    if whole and world.size > 1:
+        remedy = "It needs the whole model in one process: start one, or leave it out."
+        raise ConfigError("this works with one process alone", [Problem(f"prune.{f}", str(getattr(recipe.prune, f)), remedy) for f in whole])
     check_microbatches({"prune": recipe.prune, "train": recipe.train}, world.size)
     device = choose_device(recipe.runtime, world.local_rank, world.local_size)
     if overwrite:  # before anything is deleted
@@ -352,7 +356,7 @@ def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> d
     """What `report.json` holds: whatever the finished stages of a run directory found; `target` is what pruning was expected to give."""
     found = {name: read_json(path / "stages" / f"{name}.json") for name in STAGES if (path / "stages" / f"{name}.json").exists()}
     if "shape" in found.get("prune", {}):
-        target = anatomy_of_shape(source, found["prune"]["shape"])
+        target = anatomy_of_shape(target, found["prune"]["shape"])
     values: dict[str, Any] = {
         "shearling": version("shearling"),
         "seed": recipe.seed,

@@ -15,7 +15,7 @@ from shearling.arch.families import Anatomy
 from shearling.data.config import DataConfig, DomainConfig
 from shearling.errors import ShapeError
 from shearling.recipe import Recipe
-from shearling.shapes import PRUNABLE, Target, nearest_feasible, shape_of, target_anatomy
+from shearling.shapes import PRUNABLE, Target, nearest_feasible, shape_of, target_anatomy, turned
 from shearling.sources import Source
 from shearling.train.config import FitConfig
 
@@ -56,7 +56,10 @@ def describe(source: Source, target: Target, recipe: Recipe | None = None) -> di
 
 def expected_target(source: Source, recipe: Recipe) -> Anatomy:
     """The shape that a recipe asks for. Of a budget of parameters the uniform one that meets it, which a method may depart from."""
-    return target_anatomy(source.anatomy, recipe.target or _NO_TARGET, recipe.prune.axes or PRUNABLE)
+    if recipe.target is None:
+        return source.anatomy
+    anatomy, target = turned(source.anatomy, recipe.target, recipe.prune.rotate)
+    return target_anatomy(anatomy, target, recipe.prune.axes or PRUNABLE)
 
 
 def sizes(anatomy: Anatomy) -> dict[str, Any]:

@@ -19,10 +19,12 @@ from shearling.io.tensors import MemoryReader, ShardWriter
 from shearling.prune import scores
 from shearling.prune.allocate import Masks, adapted, all_open, left, ranked, steadied, to_shape
 from shearling.prune.attach import Attachment
+from shearling.prune.compensate import compensate
 from shearling.prune.gates import Gates
 from shearling.prune.learn import GateLearner
 from shearling.prune.methods import Choice, choose
 from shearling.prune.plan import PrunePlan, plan_from_masks
+from shearling.prune.rotate import fit_norms, norms_of, principal_rotation, rotate, stream_covariance, tied_rotation
 from shearling.prune.staged import RunningScores, StagedPruner, cut_steps
 from shearling.prune.stats import Scores
 from shearling.prune.transform import transform
@@ -45,17 +47,18 @@ from shearling.train.parallel import whole_weights
 
 def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray) -> dict[str, Any]:
     """Decide what goes, cut, verify, and publish `plan.json` and `pruned/`."""
-    config, anatomy = context.recipe.prune, context.source.anatomy
-    began = time.perf_counter()
-    choice = choose(config, context.recipe.target, anatomy)
+    config, began = context.recipe.prune, time.perf_counter()
+    choice = choose(config, context.source.anatomy, context.recipe.target)
+    anatomy = choice.source
     model = context.place(context.source.load_model)
     around = surroundings(context, "prune", config, source_result["loss"])
     progress = Progress(shares, around.loader.start(), heldout=dict(source_result["loss"]))
     begun = context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints)))
-    calibration = _Calibration(context, choice, model, around, shares)
+    calibration = _Calibration(context, anatomy, choice, model, around, shares)
+    rotation_error = _rotate(context, model, calibration) if config.rotate != "no" and choice.specs else None
     with Attachment(model, anatomy) as attachment:
         make = _learner if choice.method.learns and config.steps else _stager
-        pruner = make(context, choice, model, attachment, calibration, begun)
+        pruner = make(context, anatomy, choice, model, attachment, calibration, begun)
         if choice.specs:
             model.train()
             progress = fit(model, config, around, progress, pruner)
@@ -69,16 +72,22 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
         made_by |= {"gates": config.gates.model_dump(mode="json")}
     elif choice.specs:
         made_by |= {"cuts": config.cuts} | ({"allocation": choice.allocation.model_dump(mode="json")} if choice.finds_shape else {})
+    if config.compensate and choice.specs:
+        _compensate(context, anatomy, model, masks, calibration)
+        made_by |= {"compensated_on": config.compensate}
+    if rotation_error is not None:
+        made_by |= {"rotated": config.rotate, "rotation_error": rotation_error}
     plan = plan_from_masks(anatomy, target, masks, source_result["fingerprint"], made_by)
-    difference = _cut(context, model, masks, plan, target)
-    measurements = pruner.measurements if isinstance(pruner, StagedPruner) else 1
+    difference = _cut(context, anatomy, model, masks, plan, target)
+    calibration.measurements = pruner.measurements if isinstance(pruner, StagedPruner) else 1  # those of earlier tries, too
+    used = calibration.sequences * context.tokens.sequence_length
     del model, attachment, pruner, calibration  # before the cut model is loaded
     return {
         "loss": {
             "before_hardening": progress.heldout if config.steps and choice.specs else None,
             "pruned": context.evaluate(context.load_pruned()),
         },
-        "tokens": progress.tokens + measurements * _calibration_tokens(context, choice),
+        "tokens": progress.tokens + used,
         "steps": progress.step,
         "weights": progress.weights.tolist(),
         "cursors": progress.cursors.tolist(),
@@ -90,21 +99,41 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
 
 
 class _Calibration:
-    """Scores of every unit on sequences that no step is trained on in this order: other ones for each measurement."""
+    """Training sequences to measure on, in batches of two, and the scores of every unit on them."""
 
-    def __init__(self, context: Context, choice: Choice, model: nn.Module, around: Surroundings, shares: np.ndarray) -> None:
-        self._context, self._choice, self._model, self._around, self._shares = context, choice, model, around, shares
+    def __init__(
+        self, context: Context, anatomy: Anatomy, choice: Choice, model: nn.Module, around: Surroundings, shares: np.ndarray
+    ) -> None:
+        self._context, self._anatomy, self._choice, self._model = context, anatomy, choice, model
+        self._around, self._shares = around, shares
+        self.measurements = 0
+        """How often scores were measured on sequences, over all tries of this stage."""
+        self._others = 0
+
+    @property
+    def sequences(self) -> int:
+        """Sequences that were used."""
+        return self.measurements * _sequences(self._context, self._choice) + self._others
+
+    def batches(self, sequences: int, number: int, what: str) -> list[Tensor]:
+        """Token ids of so many sequences, by the starting mixture; others for every `number`."""
+        context = self._context
+        context.show.note(f"{what} on {sequences} sequences")
+        loader = Loader(context.tokens, sequences, context.recipe.seed)
+        ids_BT = torch.from_numpy(loader.batch(number, self._shares, self._around.loader.start()).ids).to(context.device)
+        return [ids_BT[start : start + 2] for start in range(0, len(ids_BT), 2)]
+
+    def others(self, sequences: int, what: str) -> list[Tensor]:
+        """The same, counted, for what is not a score."""
+        self._others += sequences
+        return self.batches(sequences, -1 % 2**31, what)
 
     def measure(self, masks: Mapping[str, Tensor], number: int) -> Scores:
         """By the recipe's scores, with these masks; less what fluctuates over the batches, where the method says so."""
         context, choice = self._context, self._choice
-        batches: list[Tensor] = []
-        sequences = _calibration_tokens(context, choice) // context.tokens.sequence_length
-        if sequences:
-            context.show.note(f"scoring every unit on {sequences} sequences" + (f", measurement {number + 1}" if number else ""))
-            calibration = Loader(context.tokens, sequences, context.recipe.seed)
-            ids_BT = torch.from_numpy(calibration.batch(number, self._shares, self._around.loader.start()).ids).to(context.device)
-            batches = [ids_BT[start : start + 2] for start in range(0, len(ids_BT), 2)]
+        sequences, which = _sequences(context, choice), f", measurement {number + 1}," if number else ""
+        self.measurements = number + 1
+        batches = self.batches(sequences, number, f"scoring every unit{which}") if sequences else []
         weight = choice.allocation.fluctuation if choice.finds_shape else 0.0
         if weight and len(batches) > 1:
             return steadied([self._compute([batch], masks) for batch in batches], weight, masks)
@@ -117,7 +146,7 @@ class _Calibration:
             return scores.compute(
                 choice.scores,
                 self._model,
-                context.source.anatomy,
+                self._anatomy,
                 specs,
                 context.objective,
                 batches,
@@ -129,7 +158,7 @@ class _Calibration:
 
 
 def _learner(
-    context: Context, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
+    context: Context, anatomy: Anatomy, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
 ) -> GateLearner:
     config, seed = context.recipe.prune, context.recipe.seed
     gates = Gates(choice.specs).to(context.device)
@@ -140,9 +169,9 @@ def _learner(
 
 
 def _stager(
-    context: Context, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
+    context: Context, anatomy: Anatomy, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
 ) -> StagedPruner:
-    config, source, rule = context.recipe.prune, context.source.anatomy, choice.allocation
+    config, source, rule = context.recipe.prune, anatomy, choice.allocation
     full = source.parameters()
 
     def cut(masks: Masks, found: Scores, share: float, state_L: Tensor) -> tuple[Masks, bool]:
@@ -171,17 +200,44 @@ def _stager(
     return pruner
 
 
-def _calibration_tokens(context: Context, choice: Choice) -> int:
-    """Tokens of one measurement; none where scores look at the weights alone, or at nothing, or at what training sees anyway."""
+def _sequences(context: Context, choice: Choice) -> int:
+    """Sequences of one measurement; none where scores look at the weights alone, or at nothing, or at what training sees anyway."""
     needs = {need for name in choice.scores.values() for need in scores.SCORES[name].needs}
     if not choice.specs or not needs - {"weights"} or choice.method.from_training or context.recipe.prune.gates.start == "constant":
         return 0
-    return context.recipe.prune.gates.calibration_sequences * context.tokens.sequence_length
+    return context.recipe.prune.gates.calibration_sequences
 
 
-def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: PrunePlan, target: Anatomy) -> dict[str, float]:
+def _rotate(context: Context, model: nn.Module, calibration: _Calibration) -> float:
+    """Turn the stream to its principal axes; how far that is from the function as it was, relative to the logits."""
+    config, anatomy = context.recipe.prune, context.source.anatomy
+    batches = calibration.others(config.gates.calibration_sequences, "turning the stream to its principal axes")
+    covariance_DD = stream_covariance(model, anatomy, batches, between=context.check_stop)
+    if config.rotate == "untied" or not anatomy.flags["tie_word_embeddings"]:
+        rotate(model, anatomy, principal_rotation(covariance_DD), untie=True)
+        return 0.0
+    last_DD = stream_covariance(model, anatomy, batches, norms_of(anatomy)[-1:], context.check_stop)
+    rotation_DD, fitted = tied_rotation(model, anatomy, covariance_DD, last_DD)
+    rotate(model, anatomy, rotation_DD, final_norm_D=fitted.weight_D)
+    return fitted.error
+
+
+def _compensate(context: Context, anatomy: Anatomy, model: nn.Module, masks: Mapping[str, Tensor], calibration: _Calibration) -> None:
+    """Put weights in the place of those of norms and output projections, so that what is kept stands in for what is gone."""
+    batches = calibration.others(context.recipe.prune.compensate, "fitting what is kept to what is gone")
+    fitted = fit_norms(model, anatomy, masks["hidden"], batches, context.check_stop) if "hidden" in masks else {}
+    with torch.no_grad():
+        for name, weight in fitted.items():
+            model.get_parameter(name).copy_(weight)
+        for name, weight in compensate(model, anatomy, masks, batches, stop=context.check_stop).items():
+            model.get_parameter(name).copy_(weight)
+
+
+def _cut(
+    context: Context, anatomy: Anatomy, model: nn.Module, masks: Mapping[str, Tensor], plan: PrunePlan, target: Anatomy
+) -> dict[str, float]:
     """Write `pruned/` and `plan.json` from the trained weights, and publish only what computes what the gated model does."""
-    anatomy, ids = context.source.anatomy, sample_ids(context)
+    ids = sample_ids(context)
     masks = {axis: mask.to(context.device) for axis, mask in masks.items()}
     expected = masked_logits(model, anatomy, masks, ids)
     reader = MemoryReader(whole_weights(model, context.world))
@@ -197,7 +253,8 @@ def _cut(context: Context, model: nn.Module, masks: Mapping[str, Tensor], plan: 
         detail = partial(blame, masks, anatomy, target, reader, cut.state_dict())
         if TOLERANCE < difference.relative_difference <= ROUNDING:
             context.show.note(f"logits differ by {difference.relative_difference:.1g} of their range in fp32: comparing in fp64")
-            gated = context.source.load_model(torch.bfloat16).to(context.device)
+            whole = context.world.size == 1
+            gated = model if whole else context.source.load_model(torch.bfloat16).to(context.device)
             exact = compare_in_float64(gated, anatomy, masks, reader, cut, ids)
             found["relative_difference_float64"] = exact.relative_difference
             require_equal(exact, TOLERANCE_FLOAT64, "in fp64, the gated model and the cut model", detail)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from math import inf, log
 from typing import Annotated, Any
 
@@ -49,6 +50,15 @@ def anatomy_of_shape(source: Anatomy, shape: Mapping[str, Any]) -> Anatomy:
     columns = [shape[field] if isinstance(shape[field], list) else [shape[field]] * sizes["layer"] for field in PER_BLOCK]
     blocks = [{"group": g, "query": h // g, "neuron": n} for h, g, n in zip(*columns, strict=True)]
     return source.with_sizes(**sizes).with_blocks(blocks)
+
+
+def turned(source: Anatomy, target: Target, rotate: str) -> tuple[Anatomy, Target]:
+    """What is pruned, and to what, where the stream is turned first (`prune.rotate`): `untied` gives a tied head a matrix of its own.
+
+    That matrix counts against the budget, of which a share is one of the source as it was.
+    """
+    target = target.model_copy(update={"parameters": budget_of(source, target)})
+    return (replace(source, flags={**source.flags, "tie_word_embeddings": False}) if rotate == "untied" else source), target
 
 
 def budget_of(source: Anatomy, target: Target) -> int | None:
@@ -195,7 +205,7 @@ def nearest_feasible(source: Anatomy, target: Target) -> dict[str, int]:
 def target_config(config: Mapping[str, Any], source: Anatomy, target: Anatomy, layers: list[int]) -> dict[str, Any]:
     """The Hugging Face config of the cut model: sizes replaced, per-layer lists cut to `layers` (kept source layers)."""
     cut = {key: value for key, value in config.items() if key != "quantization_config"}
-    cut.update(shape_of(target))
+    cut.update(shape_of(target), tie_word_embeddings=bool(target.flags["tie_word_embeddings"]))
     if target.blocks:
         cut.update(base_model_type=target.family.model_type, model_type=SHEARED)
     for field in PER_LAYER_LISTS:

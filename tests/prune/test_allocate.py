@@ -139,6 +139,16 @@ def test_budgets_are_met_to_a_neuron(
         before = found
 
 
+def in_line(scores: dict[str, Tensor], cap: float) -> list[tuple[tuple[float, int], str, int, int]]:
+    """(score and place of its axis, axis, vector, unit) of all units that may go, the least important first."""
+    line = []
+    for place, (axis, values) in enumerate(scores.items()):
+        for vector, row in enumerate(values.reshape(-1, values.shape[-1]).tolist()):
+            order = sorted(range(len(row)), key=lambda unit: (row[unit], unit))
+            line += [((row[unit], place), axis, vector, unit) for unit in order[: len(row) - floor_of(len(row), cap)]]
+    return sorted(line, key=lambda entry: (entry[0], entry[2], entry[3]))
+
+
 def count(config: dict[str, Any], kept: dict[str, list[set[int]]]) -> int:
     """Parameters of a real model of these sizes."""
     groups, neurons = ([len(block) for block in kept[axis]] for axis in HEADS_AND_NEURONS)
@@ -165,12 +175,11 @@ def test_one_cut_is_a_plain_loop_over_all_units(family: str, axes: tuple[str, ..
     for seed in range(3):
         scores = drawn(source, axes, seed, number)
         kept = {axis: [set(range(source.sizes[axis])) for _ in range(4)] for axis in HEADS_AND_NEURONS}
-        line = sorted((float(scores[axis][at]), axes.index(axis), at, axis) for axis in axes for at in each(scores[axis]))
         overshot = False
-        for _, _, (layer, unit), axis in line:
+        for _, axis, layer, unit in in_line(scores, cap=1.0):
             if count(config, kept) <= budget:
                 break
-            if len(kept[axis][layer]) == 1 or (overshot and axis == "group"):
+            if overshot and axis == "group":
                 continue
             kept[axis][layer].remove(unit)
             if axis == "group" and "neuron" in axes and count(config, kept) <= budget:
@@ -179,10 +188,6 @@ def test_one_cut_is_a_plain_loop_over_all_units(family: str, axes: tuple[str, ..
         found = ranked(source, all_open(source, axes), scores, budget, rule(), uniform=False)
         assert {axis: [set(row.nonzero().flatten().tolist()) for row in mask] for axis, mask in found.items()} == {a: kept[a] for a in axes}
         assert left(source, found).parameters() == count(config, kept) <= budget
-
-
-def each(scores: Tensor) -> list[tuple[int, ...]]:
-    return [tuple(at) for at in torch.ones_like(scores).nonzero().tolist()]
 
 
 def toy(compare: str, group: list[list[float]], neuron: list[list[float]], share: float, **how: Any) -> list[list[list[float]]]:
@@ -268,16 +273,6 @@ def test_blocks_stay_alike(family: str, axes: list[str], share: float, seed: int
     assert parameters == anatomy.parameters() <= budget
     if "neuron" in axes and not found["neuron"][layers].all():  # neurons that went can come back, one of each block at once
         assert budget - parameters < 3 * anatomy.sizes["hidden"] * anatomy.sizes["layer"]
-
-
-def in_line(scores: dict[str, Tensor], cap: float) -> list[tuple[tuple[float, int], str, int, int]]:
-    """(score and place of its axis, axis, vector, unit) of all units that may go, the least important first."""
-    line = []
-    for place, (axis, values) in enumerate(scores.items()):
-        for vector, row in enumerate(values.reshape(-1, values.shape[-1]).tolist()):
-            order = sorted(range(len(row)), key=lambda unit: (row[unit], unit))
-            line += [((row[unit], place), axis, vector, unit) for unit in order[: len(row) - floor_of(len(row), cap)]]
-    return sorted(line, key=lambda entry: (entry[0], entry[2], entry[3]))
 
 
 @settings(max_examples=60, deadline=None)

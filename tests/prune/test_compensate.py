@@ -161,21 +161,26 @@ def test_no_output_is_further_off_than_without(family: str, axes: tuple[str, ...
 
 
 @pytest.mark.parametrize("biased", [False, True])
-def test_it_is_the_least_squares_solution(biased: bool) -> None:
-    """Of the first block, whose attention reads the same stream in both, against the normal equations' stacked form."""
+@pytest.mark.parametrize("axes", [("query",), tuple(SIZES)])
+def test_it_is_the_least_squares_solution(axes: tuple[str, ...], biased: bool) -> None:
+    """Of every projection: from what enters it where all before it is cut and compensated, to what the source gives, in stacked form."""
     model, anatomy = biased_source("llama", biased=biased)
     wholly_double(model)
-    masks, ridge = some_masks(anatomy, {"query": 1}), 1e-2
-    name = "model.layers.0.self_attn.o_proj"
-    found = compensate(model, anatomy, masks, BATCHES, ridge=ridge)[f"{name}.weight"]
-    x, y = passing(model, anatomy, {})[name]
-    assert (model.get_submodule(name).bias is not None) == biased
-    y = y - model.get_submodule(name).bias.detach() if biased else y
-    kept = kept_inputs(anatomy, masks, name) > 0
-    x, own = x[:, kept], model.get_parameter(f"{name}.weight").detach()[:, kept]
-    root = (ridge * x.square().sum(0).mean()).sqrt()
-    rows, targets = torch.cat([x, root * torch.eye(int(kept.sum()), dtype=x.dtype)]), torch.cat([y, root * own.T])
-    torch.testing.assert_close(found[:, kept], torch.linalg.lstsq(rows, targets).solution.T, rtol=1e-8, atol=1e-10)
+    masks, ridge = some_masks(anatomy, {axis: SIZES[axis] for axis in axes}), 1e-2
+    found = compensate(model, anatomy, masks, BATCHES, ridge=ridge)
+    wanted, entering = passing(model, anatomy, {}), passing(with_weights(model, found), anatomy, masks)
+    rows = masks.get("hidden", torch.ones(48)) > 0
+    for name, weight in found.items():
+        projection = model.get_submodule(name.removesuffix(".weight"))
+        x, y = entering[name.removesuffix(".weight")][0], wanted[name.removesuffix(".weight")][1]
+        assert (projection.bias is not None) == biased
+        y = y - projection.bias.detach() if biased else y
+        kept = kept_inputs(anatomy, masks, name.removesuffix(".weight")) > 0
+        x, own = x[:, kept], projection.weight.detach()[:, kept]
+        root = (ridge * x.square().sum(0).mean()).sqrt()
+        stacked, targets = torch.cat([x, root * torch.eye(int(kept.sum()), dtype=x.dtype)]), torch.cat([y, root * own.T])
+        expected = torch.linalg.lstsq(stacked, targets).solution.T
+        torch.testing.assert_close(weight[rows][:, kept], expected[rows], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -136,7 +136,7 @@ def ranked(source: Anatomy, masks: Masks, scores: Mapping[str, Tensor], budget: 
 def adapted(
     source: Anatomy, masks: Masks, scores: Mapping[str, Tensor], budget: int, rule: AllocationConfig, sparsity_L: Tensor
 ) -> tuple[Masks, bool]:
-    """One inner step of Adapt-Pruner: s <- clip(s + 1/K - A I, 0, 0.99) for every block, `sparsity_L` being changed in place.
+    """One inner step of Adapt-Pruner: s <- clip(s + 1/K - A I, 0, 0.99) for every block, `sparsity_L` (fp64) being changed in place.
 
     I is the blocks' importance `scores["layer"]` (block influence, which orders them as -cos(input, output) does), centred and divided by
     its largest absolute value: larger turns the stream more. Each block keeps int(M (1 - s)) of its neurons and as many key/value heads
@@ -196,8 +196,8 @@ def check_budget(
     masks = all_open(source, specs)
     zeros = {axis: torch.zeros(mask.shape) for axis, mask in masks.items()}
     if adapts:
-        zeros["layer"] = torch.zeros(source.sizes["layer"])
-        found, met = adapted(source, masks, zeros, budget, rule.model_copy(update={"inner_steps": 1}), torch.zeros(source.sizes["layer"]))
+        zeros["layer"] = torch.zeros(source.sizes["layer"], dtype=torch.float64)
+        found, met = adapted(source, masks, zeros, budget, rule.model_copy(update={"inner_steps": 1}), zeros["layer"].clone())
         if not met:
             remedy = f"These axes and protected blocks leave {left(source, found).parameters():,} at least: ask for more, or allow more."
             raise ShapeError("this budget cannot be met", [Problem("target.parameters", f"{budget:,}", remedy)])
@@ -222,8 +222,8 @@ def steadied(batches: Sequence[Mapping[str, Tensor]], weight: float, masks: Mapp
 
 
 def centred(importance_L: Tensor) -> Tensor:
-    """Importance of the blocks with mean 0 and largest absolute value 1 (Adapt-Pruner); all 0 where they are alike."""
-    apart = importance_L.float() - importance_L.float().mean()
+    """Importance of the blocks with mean 0 and largest absolute value 1 (Adapt-Pruner), in fp64; all 0 where they are alike."""
+    apart = importance_L.double() - importance_L.double().mean()
     return apart / apart.abs().max().clamp(min=1e-12)
 
 

@@ -116,7 +116,6 @@ def compensate(
                     full_name = f"{anchors.layers}.{layer}.{name}.weight"
                     found[full_name] = moments.solve(ridge, full_name)
                     put(name, found[full_name])
-                    wanted[name].clear()
                 streams_BTD = [_run(block, x, call[layer], between) for x, call in zip(streams_BTD, calls, strict=True)]
     return found
 

@@ -19,7 +19,7 @@ from shearling.prune import scores
 from shearling.prune.allocate import check_budget, unit_specs
 from shearling.prune.config import LEARNED, AllocationConfig
 from shearling.prune.gates import GateSpec, gate_specs
-from shearling.shapes import PRUNABLE, SIZES, Target, budget_of, target_anatomy
+from shearling.shapes import PRUNABLE, SIZES, Target, budget_of, target_anatomy, turned
 
 EVERY_AXIS = "*"
 
@@ -166,6 +166,8 @@ class Choice:
     """A method as a recipe asks for it, for one source: everything that is known before a weight is read."""
 
     method: Method
+    source: Anatomy
+    """What is pruned: the source, or what turning its stream makes of it."""
     budget: int
     """Parameters that the result may have."""
     specs: Mapping[str, GateSpec]
@@ -184,9 +186,11 @@ class Choice:
         return self.method.rule != "shape"
 
 
-def choose(prune: Any, asked: Target | None, source: Anatomy) -> Choice:
+def choose(prune: Any, source: Anatomy, asked: Target | None) -> Choice:
     """What the prune section of a recipe (`shearling.recipe.PruneConfig`) means for a source. Raises `ConfigError` or `ShapeError`."""
     method, wanted = find(prune.method), asked or Target()
+    if asked is not None:
+        source, wanted = turned(source, asked, prune.rotate)
     axes = tuple(axis for axis in PRUNABLE if axis in (prune.axes or (method.axes if wanted.parameters is not None else PRUNABLE)))
     given = [field for field in SIZES if getattr(wanted, field) is not None]
     uniform = (prune.shape or method.shape) == "uniform"
@@ -223,4 +227,4 @@ def choose(prune: Any, asked: Target | None, source: Anatomy) -> Choice:
         check_budget(source, specs, budget_of(source, wanted) or 0, prune.allocation, adapts=method.rule == "adapted", uniform=uniform)
     own = {name: getattr(method, name) for name in ("compare", "fluctuation") if getattr(prune.allocation, name) is None}
     budget = budget_of(source, wanted) or target.parameters()
-    return Choice(method, budget, specs, chosen, prune.allocation.model_copy(update=own), uniform, blocks["layer"])
+    return Choice(method, source, budget, specs, chosen, prune.allocation.model_copy(update=own), uniform, blocks["layer"])

@@ -335,9 +335,7 @@ def _untie(model: nn.Module, anatomy: Anatomy, head: TensorRow) -> Anatomy:
     shared_VD = model.get_parameter(f"{anatomy.family.anchors.embedding}.weight")
     own_VD = nn.Parameter(shared_VD.detach().clone(), requires_grad=shared_VD.requires_grad)
     model.get_submodule(head.name.rpartition(".")[0]).register_parameter("weight", own_VD)
-    stock = cast("Any", model)
-    setattr(stock.config, field, not anatomy.flags[field])
-    getattr(stock, "all_tied_weights_keys", {}).pop(head.name, None)  # by which transformers leaves the head out of what it saves
+    setattr(cast("Any", model).config, field, not anatomy.flags[field])
     flags: Mapping[str, Any] = {**anatomy.flags, field: not anatomy.flags[field]}
     return replace(anatomy, flags=flags)
 

@@ -52,7 +52,7 @@ class StagedPruner:
         self._cut, self._measure, self._at, self._running = cut, measure, list(at), running
         self._device = device or torch.device("cpu")
         self._done = 0
-        self._state_L = torch.zeros(source.sizes["layer"])
+        self._state_L = torch.zeros(source.sizes["layer"], dtype=torch.float64)
 
     def draw(self, step: int, microbatch: int) -> None:
         """Set the masks; nothing is random."""
@@ -124,10 +124,13 @@ class RunningScores:
         self._names, self._source, self._specs = dict(names_by_axis), source, {axis: specs[axis] for axis in names_by_axis}
         self._model = model
         self._sums = {axis: torch.zeros(spec.shape) for axis, spec in self._specs.items()}
-        self._steps = torch.zeros(())
+        self._steps = torch.zeros(())  # in the sums; below 0 once a cut was made by them
 
     def observe(self) -> None:
-        """Add this step's scores. A collective where the model is sharded."""
+        """Add this step's scores, or begin anew with them after a cut. A collective where the model is sharded."""
+        if self._steps < 0:
+            for total in (*self._sums.values(), self._steps):
+                total.zero_()
         named = dict(self._model.named_parameters())
         weights = {name: named[name] for name, _, _ in weights_of(self._source)}
         gradients = {name: weight.grad if weight.grad is not None else torch.zeros_like(weight) for name, weight in weights.items()}
@@ -138,13 +141,11 @@ class RunningScores:
 
     def means(self) -> Scores:
         """Means over the steps that were seen; zeros before the first."""
-        return {axis: total / self._steps.clamp(min=1) for axis, total in self._sums.items()}
+        return {axis: total / self._steps.abs().clamp(min=1) for axis, total in self._sums.items()}
 
     def forget(self) -> None:
-        """Begin anew, after a cut."""
-        for total in self._sums.values():
-            total.zero_()
-        self._steps.zero_()
+        """After a cut, begin anew with the next step: until then these means stay, for a cut that is due while steps are skipped."""
+        self._steps.abs_().neg_()
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums and the number of steps, by name."""
