@@ -1,10 +1,11 @@
 """Every method from one source to one share of its parameters, with the same tokens in all: the table of docs/results.md.
 
-    python benchmarks/methods.py --source MODEL --text TEXT --out DIR [--shares 0.8,0.5] [--tokens 100000] [--methods a,b] [--variants plain,rotated]
+    python benchmarks/methods.py --source MODEL --text TEXT --out DIR [--shares 0.8,0.5] [--tokens 100000]
+                                 [--methods a,b] [--variants plain,compensated,rotated] [--seeds 17,18]
 
 TEXT holds corpus/ and heldout/ as recipes/smollm2-65m.yaml asks. Tokens that a method spends on scores, gates and training between cuts
-count: recovery gets what is left. All cuts are made first, then what is to be recovered is. At shares above 0.5 nothing is recovered: what is asked is what the cut itself costs. Interrupted,
-the same command goes on; rows that are done are not done again, and the table says what is missing.
+count: recovery gets what is left. All cuts are made first, then what is to be recovered is. At shares above 0.5 nothing is recovered:
+what is asked is what the cut itself costs. Interrupted, the same command goes on; rows that are done are not done again.
 """
 
 from __future__ import annotations
@@ -119,10 +120,11 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(SETTINGS))
     parser.add_argument("--seeds", default="17")
     parser.add_argument("--variants", default="plain,compensated")
+    parser.add_argument("--cuts-only", action="store_true", help="recover nothing yet")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     args = parser.parse_args()
     cases = list(itertools.product(map(float, args.shares.split(",")), args.variants.split(","), args.methods.split(",")))
-    for recover, seed in itertools.product((False, True), map(int, args.seeds.split(","))):
+    for recover, seed in itertools.product((False,) if args.cuts_only else (False, True), map(int, args.seeds.split(","))):
         for share, variant, method in cases:
             if recover and share > RECOVERED:
                 continue

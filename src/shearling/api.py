@@ -274,10 +274,11 @@ def _checked(recipe: Recipe, last: str, world: World, overwrite: bool) -> tuple[
         from shearling.prune.methods import choose
 
         choose(recipe.prune, source.anatomy, recipe.target)
-    whole = [field for field in ("rotate", "compensate") if getattr(recipe.prune, field) not in ("no", 0)]
-    if whole and world.size > 1:
+    around_the_cut = {"prune.rotate": recipe.prune.rotate, "prune.compensate": recipe.prune.compensate}
+    if world.size > 1 and any(value not in ("no", 0) for value in around_the_cut.values()):
         remedy = "It needs the whole model in one process: start one, or leave it out."
-        raise ConfigError("this works with one process alone", [Problem(f"prune.{f}", str(getattr(recipe.prune, f)), remedy) for f in whole])
+        problems = [Problem(field, repr(value), remedy) for field, value in around_the_cut.items() if value not in ("no", 0)]
+        raise ConfigError("this works with one process alone", problems)
     check_microbatches({"prune": recipe.prune, "train": recipe.train}, world.size)
     device = choose_device(recipe.runtime, world.local_rank, world.local_size)
     if overwrite:  # before anything is deleted

@@ -209,6 +209,13 @@ def _finish(report: dict[str, Any], out: Path) -> None:
             console.print(f"{name + ':':15s}{escape(str(out / name))}", highlight=False, soft_wrap=True)
 
 
+def _share(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
 def _sizes(text: str) -> dict[str, Any]:
     """`hidden_size=432,num_hidden_layers=24` as a mapping; whatever is no number is left for the schema to refuse."""
     sizes: dict[str, Any] = {}
@@ -216,5 +223,5 @@ def _sizes(text: str) -> dict[str, Any]:
         field, equals, size = part.strip().partition("=")
         if not equals:
             raise ConfigError("--target cannot be read", [Problem("--target", repr(part), "Write FIELD=SIZE,FIELD=SIZE,...")])
-        sizes[field.strip()] = int(size) if size.strip().isdecimal() else size.strip()
+        sizes[field.strip()] = int(size) if size.strip().isdecimal() else _share(size.strip())
     return sizes

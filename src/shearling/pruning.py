@@ -67,16 +67,9 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
     model.eval()
     masks = pruner.gates.hardened() if isinstance(pruner, GateLearner) else pruner.masks
     target = left(anatomy, masks)
-    made_by = {"method": choice.method.name, "scores": dict(choice.scores), "seed": context.recipe.seed, "steps": config.steps}
-    if isinstance(pruner, GateLearner):
-        made_by |= {"gates": config.gates.model_dump(mode="json")}
-    elif choice.specs:
-        made_by |= {"cuts": config.cuts} | ({"allocation": choice.allocation.model_dump(mode="json")} if choice.finds_shape else {})
     if config.compensate and choice.specs:
         _compensate(context, anatomy, model, masks, calibration)
-        made_by |= {"compensated_on": config.compensate}
-    if rotation_error is not None:
-        made_by |= {"rotated": config.rotate, "rotation_error": rotation_error}
+    made_by = _made_by(context, choice, rotation_error)
     plan = plan_from_masks(anatomy, target, masks, source_result["fingerprint"], made_by)
     difference = _cut(context, anatomy, model, masks, plan, target)
     calibration.measurements = pruner.measurements if isinstance(pruner, StagedPruner) else 1  # those of earlier tries, too
@@ -96,6 +89,23 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
         "verify": {**difference, "sequences": VERIFY_SEQUENCES},
         "shape": shape_of(target),
     }
+
+
+def _made_by(context: Context, choice: Choice, rotation_error: float | None) -> dict[str, Any]:
+    """What a plan says of how it was made."""
+    config = context.recipe.prune
+    found = {"method": choice.method.name, "scores": dict(choice.scores), "seed": context.recipe.seed, "steps": config.steps}
+    if choice.method.learns and config.steps:
+        found |= {"gates": config.gates.model_dump(mode="json")}
+    elif choice.specs:
+        found |= {"cuts": config.cuts} | ({"allocation": choice.allocation.model_dump(mode="json")} if choice.finds_shape else {})
+    if config.compensate and choice.specs:
+        found |= {"compensated_on": config.compensate}
+    return found if rotation_error is None else found | {"rotated": config.rotate, "rotation_error": rotation_error}
+
+
+_APART = 2**31 - 1
+"""Number of the sequences that are not for scores."""
 
 
 class _Calibration:
@@ -126,7 +136,7 @@ class _Calibration:
     def others(self, sequences: int, what: str) -> list[Tensor]:
         """The same, counted, for what is not a score."""
         self._others += sequences
-        return self.batches(sequences, -1 % 2**31, what)
+        return self.batches(sequences, _APART, what)
 
     def measure(self, masks: Mapping[str, Tensor], number: int) -> Scores:
         """By the recipe's scores, with these masks; less what fluctuates over the batches, where the method says so."""

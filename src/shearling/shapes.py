@@ -95,13 +95,15 @@ def uniform_shape(source: Anatomy, target: Target, axes: Collection[str] = PRUNA
     budget, sizes_alone = budget_of(source, target), target.model_copy(update={"parameters": None})
     assert budget is not None, "a target without a budget has a shape already"
     problems = find_problems(source, sizes_alone, axes)
+    if target.hidden_size is None and "hidden" in axes:  # it goes to what suits the heads
+        problems = [problem for problem in problems if problem.field != "target.hidden_size"]
     if not problems and budget > source.parameters():
         problems = [Problem("target.parameters", f"{budget:,}", f"The source has {source.parameters():,}; ask for at most that.")]
     if problems:
         raise ShapeError("this target cannot be cut from the source", problems)
     fills = "neuron" in axes and target.intermediate_size is None
-    best, best_cost = None, inf
-    for step in range(_SHARES + 1):
+    best, best_cost, reached, most = None, inf, [], source.sizes["neuron"]
+    for step in range(_SHARES if fills else _SHARES + 1):
         share = 1 - step / _SHARES
         shape = _scaled(source, sizes_alone, axes, share)
         if shape is None:
@@ -109,17 +111,20 @@ def uniform_shape(source: Anatomy, target: Target, axes: Collection[str] = PRUNA
         if fills:
             least = shape.with_sizes(neuron=0).parameters()
             each = shape.with_sizes(neuron=1).parameters() - least
-            neurons = (budget - least) // each
-            fitting = 1 <= neurons <= source.sizes["neuron"] and share > 0
+            room = (budget - least) // each
+            neurons = min(max(room, 1), most)
             shape = shape.with_sizes(neuron=neurons)
-            cost = abs(log(neurons / (share * source.sizes["neuron"]))) if fitting else inf
+            cost = abs(log(neurons / (share * most))) if neurons == room else inf
         else:
             cost = float(budget - shape.parameters()) if shape.parameters() <= budget else inf
+        reached.append(shape.parameters())
         if cost < best_cost:
             best, best_cost = shape, cost
     if best is None:
-        least = min(shape.parameters() for step in range(_SHARES) if (shape := _scaled(source, sizes_alone, axes, step / _SHARES)))
-        remedy = f"By pruning {', '.join(axes)} it can be brought to {least:,}: ask for more, or add axes to prune.axes."
+        remedy = f"By pruning {', '.join(axes)} it can be brought to {min(reached, default=source.parameters()):,}: ask for more"
+        if below := [parameters for parameters in reached if parameters <= budget]:
+            remedy = f"By pruning {', '.join(axes)} it comes to {max(below):,} and no nearer from below: ask for that, give fewer sizes"
+        remedy += ", or add axes to prune.axes."
         raise ShapeError("this budget cannot be met", [Problem("target.parameters", f"{budget:,}", remedy)])
     return best
 

@@ -241,7 +241,8 @@ def anatomy_of(config: Mapping[str, Any], where: str = "config.json") -> Anatomy
 
 def _of_blocks(config: Mapping[str, Any], family: Family, where: str) -> Anatomy:
     """The anatomy of a model whose blocks differ, by the lists of its config (`shearling.modeling_sheared.ShearedConfig`)."""
-    layers, problems = config.get("num_hidden_layers"), []
+    layers = config.get("num_hidden_layers")
+    problems = [] if _is_size(layers) else [Problem("num_hidden_layers", reprlib.repr(layers), "It must be a positive whole number.")]
     for field in PER_BLOCK:
         found = config.get(field)
         if not (isinstance(found, list) and len(found) == layers and all(map(_is_size, found))):

@@ -13,6 +13,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any
 
+from shearling.arch.axes import PER_LAYER
 from shearling.arch.families import Anatomy
 from shearling.errors import ConfigError, Problem
 from shearling.prune import scores
@@ -206,6 +207,9 @@ def choose(prune: Any, source: Anatomy, asked: Target | None) -> Choice:
         if method.rule == "adapted" and (uniform or not {"group", "neuron"}.issuperset(axes)):
             remedy = "It adapts heads and neurons to each block: leave prune.shape out, and of prune.axes name group and neuron alone."
             problems.append(Problem("prune.shape", f"{'uniform' if uniform else 'per_layer'} with {', '.join(axes)}", remedy))
+        if uniform and any(prune.allocation.protect) and not set(PER_LAYER).isdisjoint(axes):
+            remedy = "Blocks that stay alike lose the same: protect none, or take prune.shape per_layer."
+            problems.append(Problem("prune.allocation.protect", f"{list(prune.allocation.protect)} with prune.shape uniform", remedy))
         if not uniform and "query" in axes:
             remedy = "Blocks of different sizes lose whole key/value heads with their query heads: leave query out."
             problems.append(Problem("prune.axes", ", ".join(axes), remedy))
