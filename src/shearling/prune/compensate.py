@@ -1,25 +1,27 @@
 """Let what is kept stand in for what is gone: the output projections of attention and MLP, fitted anew by least squares.
 
-A cut takes inputs from the projections that write to the residual stream. Their outputs y = W x, with inputs K kept, come nearest to
-what they were with
+A cut takes inputs from the projections that write to the residual stream. Of y = W x, with inputs K kept and S gone, comes nearest to
+what it was
 
     W' = argmin  sum over tokens of |y - W' x_K|^2  +  lambda |W' - W_K|^2
-       = W_K + (Y - W_K X) (X + lambda 1)^-1,     X = sum of x_K x_K',   Y = sum of y x_K'
+       = W_K + M (X + lambda 1)^-1,     X = sum of x_K x_K',   M = sum of (y - W_K x_K) x_K'
 
-(He, Zhang and Sun 2017, arXiv 1707.06168, equation 1 and "whole model pruning", there for convolutions and without the ridge). The
-ridge pulls to what the cut would leave and not to zero: so on the calibration text no output is further off than without, and in
-directions that the text does not show the weights stay the source's.
+(He, Zhang and Sun 2017, arXiv 1707.06168, equation 1, there for convolutions and without the ridge). The ridge pulls to what the cut
+would leave and not to zero: so on the calibration text no output is further off than without, and in directions that the text does not
+show the weights stay the source's.
 
 How strong it has to be depends on the text: with as many tokens as inputs a weak ridge fits the calibration text to the letter and ruins
 every other. So it is chosen for each projection by what it is worth on text that was not fitted: each half of the batches is fitted
 at a range of lambda and judged by the other half, and the best lambda of the two together fits all. Where none is better than the
 cut as it is, that is what stays.
 
-Block by block, in order: y is what the source's projection gives on the source's stream, x_K what enters it in the model whose earlier
-blocks are cut and compensated already, so that an error made before is made up for where it can be. Only the weights of those two
-projections change; plan, gates and transform see a source with other weights.
+Block by block, in order, x is what enters the projection in the model whose earlier blocks are cut and compensated already. What y is
+has two answers. `own`: what the whole projection would give of the same x, so that it makes up for its own loss alone. `source`: what
+the source's gives on the source's stream ("whole model pruning" there), so that it also makes up for errors made before. The second
+regresses on inputs that carry noise, and so shrinks what every later block says: on a small model and little text it is far worse.
 
-Shapes: B sequences of T tokens, N tokens in all; D hidden channels, O of them kept; I inputs of a projection, K of them kept; S lambdas.
+Shapes: B sequences of T tokens, N tokens in all; D hidden channels, O of them kept; I inputs of a projection, K of them kept, S gone;
+P lambdas.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +44,8 @@ from shearling.prune.rotate import forward_only
 RANGE = (-6.0, 4.0)
 """Within which powers of ten a ridge is looked for, relative to the mean square of the kept inputs."""
 _STEPS = 41
+
+Aim = Literal["own", "source"]
 
 
 @dataclass(frozen=True)
@@ -59,13 +63,15 @@ def compensate(
     batches_BT: Sequence[Tensor],
     *,
     ridge: float | None = None,
+    aim: Aim = "own",
     stop: Callable[[], None] | None = None,
 ) -> dict[str, Tensor]:
-    """Weights for the output projections of every kept block that make up for what `masks` close.
+    """Weights for the output projections of kept blocks that make up for what `masks` close.
 
-    The calibration text is kept as two streams and one block's outputs, 4 x tokens x D numbers of the model's dtype, and of one
-    projection the second moments, in fp64: a few matrices of K x K and D x K. Takes about five forward passes, and for each projection two
-    eigendecompositions of K x K where the ridge is looked for. On a CPU the same text gives the same bits.
+    The calibration text is kept as a stream of tokens x D numbers of the model's dtype, which two copies of are there at times (for
+    `source`, five), and of one projection the second moments, in fp64: a few matrices of K x K and O x K. Takes about four forward
+    passes, and for each projection two eigendecompositions of K x K where the ridge is looked for. On a CPU the same text gives the
+    same bits.
 
     Args:
         model: the source, whole, on one device; run in eval mode and left as it was.
@@ -73,11 +79,12 @@ def compensate(
         batches_BT: token ids on the model's device; the more tokens, the better.
         ridge: lambda, relative to the sum over tokens of the kept inputs' mean square; more than 0. None: chosen for each projection by
             halves of the batches, of which there must then be two or more.
+        aim: what a projection's output is to come near, see above.
         stop: called before each batch of each pass; may raise.
 
     Returns:
-        Full name -> weight [D, I] of the model's shape and dtype, for the blocks that the masks keep. Columns that the masks close are
-        zero; rows that `hidden` closes are otherwise the model's own.
+        Full name -> weight [D, I] of the model's shape and dtype, for the blocks that the masks keep; of `own`, for those of their
+        projections that lose inputs. Columns that the masks close are zero; rows that `hidden` closes are otherwise the model's own.
 
     Raises:
         NumericsError: an activation is not finite, or the ridge is too small for the moments to be inverted.
@@ -99,17 +106,21 @@ def compensate(
         hidden_D = placed.get("hidden", like.new_ones(anatomy.sizes["hidden"]))
         streams_BTD = [stream * hidden_D for stream in sources_BTD]
         for layer, block in enumerate(blocks):
-            gates.set({})
-            with _outputs(block, names) as wanted:
-                sources_BTD = [_run(block, x, call[layer], between) for x, call in zip(sources_BTD, calls, strict=True)]
+            wanted: dict[str, list[Tensor]] = {}
+            if aim == "source":
+                gates.set({})
+                with _outputs(block, names) as wanted:
+                    sources_BTD = [_run(block, x, call[layer], between) for x, call in zip(sources_BTD, calls, strict=True)]
             if "layer" in placed and not placed["layer"][layer] > 0:
                 continue
             gates.set(placed)
             with _put_back(block, names) as put:
                 for name in names:
                     pattern = next(row.pattern for row in anatomy.family.block if row.name == f"{name}.weight")
-                    kept_K = _kept(pattern, anatomy.sizes, placed, layer).nonzero().flatten().to(like.device)
-                    moments = _Moments(block.get_submodule(name), kept_K, hidden_D.nonzero().flatten(), wanted[name])
+                    kept_I = _kept(pattern, anatomy.sizes, placed, layer).to(like.device)
+                    if aim == "own" and kept_I.all():
+                        continue
+                    moments = _Moments(block.get_submodule(name), kept_I, hidden_D > 0, wanted.get(name))
                     with moments.on():
                         for stream_BTD, call in zip(streams_BTD, calls, strict=True):
                             _run(block, stream_BTD, call[layer], between)
@@ -121,17 +132,20 @@ def compensate(
 
 
 class _Moments:
-    """Sums over tokens of products of a projection's kept inputs with themselves and with the outputs wanted of it, by halves."""
+    """Sums over tokens of products of a projection's kept inputs, with themselves and with what its output lacks; by halves."""
 
-    def __init__(self, projection: nn.Module, kept_K: Tensor, open_O: Tensor, wanted: Sequence[Tensor]) -> None:
-        self.projection, self.kept_K, self.open_O, self.wanted, self.calls = projection, kept_K, open_O, wanted, 0
-        weight_DI = projection.get_parameter("weight")
-        self.inputs_2KK = weight_DI.new_zeros(2, len(kept_K), len(kept_K), dtype=torch.float64)
-        self.outputs_2OK = weight_DI.new_zeros(2, len(open_O), len(kept_K), dtype=torch.float64)
+    def __init__(self, projection: nn.Module, kept_I: Tensor, open_D: Tensor, wanted: Sequence[Tensor] | None) -> None:
+        """`wanted`: the outputs to come near, call by call; None: what the projection gives with all its inputs."""
+        self.projection, self.wanted, self.calls = projection, wanted, 0
+        self.kept_K, self.gone_S, self.open_O = (mask.nonzero().flatten() for mask in (kept_I, ~kept_I, open_D))
+        self.weight_OI = projection.get_parameter("weight").detach().index_select(0, self.open_O).double()
+        kept, rows = len(self.kept_K), len(self.open_O)
+        self.inputs_2KK = self.weight_OI.new_zeros(2, kept, kept)
+        self.missing_2OK = self.weight_OI.new_zeros(2, rows, kept)
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Take them from every call inside, in the order of the outputs; calls in turn to the one half and the other."""
+        """Take them from every call inside, in turn to the one half and the other."""
         handle = self.projection.register_forward_pre_hook(self._add)
         try:
             yield
@@ -139,52 +153,58 @@ class _Moments:
             handle.remove()
 
     def _add(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x_NK = args[0].flatten(0, -2).index_select(1, self.kept_K).double()
-        y_NO = self.wanted[self.calls].flatten(0, -2).index_select(1, self.open_O).double()
-        bias_D = module._parameters.get("bias")
+        x_NI = args[0].flatten(0, -2)
+        x_NK = x_NI.index_select(1, self.kept_K).double()
+        if self.wanted is None:
+            missing_NO = x_NI.index_select(1, self.gone_S).double() @ self.weight_OI[:, self.gone_S].T
+        else:
+            bias_D = module._parameters.get("bias")
+            y_ND = self.wanted[self.calls].flatten(0, -2).double()
+            y_ND = y_ND if bias_D is None else y_ND - bias_D
+            missing_NO = y_ND.index_select(1, self.open_O) - x_NK @ self.weight_OI[:, self.kept_K].T
         self.inputs_2KK[self.calls % 2].addmm_(x_NK.T, x_NK)
-        self.outputs_2OK[self.calls % 2].addmm_((y_NO if bias_D is None else y_NO - bias_D[self.open_O]).T, x_NK)
+        self.missing_2OK[self.calls % 2].addmm_(missing_NO.T, x_NK)
         self.calls += 1
 
     def solve(self, ridge: float | None, name: str) -> Tensor:
         """The weight that comes nearest, of the shape and dtype of the projection's."""
-        if not (torch.isfinite(self.inputs_2KK).all() and torch.isfinite(self.outputs_2OK).all()):
+        if not (torch.isfinite(self.inputs_2KK).all() and torch.isfinite(self.missing_2OK).all()):
             raise NumericsError(f"{name}: activations are not finite on the calibration text; check the source's weights")
         weight_DI = self.projection.get_parameter("weight").detach()
-        weight_DK = weight_DI.index_select(1, self.kept_K).double()
-        inputs_KK, missing_2OK = self.inputs_2KK.sum(0), self.outputs_2OK - weight_DK[self.open_O] @ self.inputs_2KK
+        fitted_DK = weight_DI.index_select(1, self.kept_K).double()
+        inputs_KK = self.inputs_2KK.sum(0)
         scale = float(inputs_KK.diagonal().mean()) if len(self.kept_K) else 0.0
-        penalty = 0.0  # where nothing enters, nothing can be made up for
+        penalty = inf  # where nothing enters, nothing can be made up for
         if scale > 0:
-            penalty = _best_penalty(self.inputs_2KK, missing_2OK, scale) if ridge is None else ridge * scale
-        if 0 < penalty < inf:
+            penalty = _best_penalty(self.inputs_2KK, self.missing_2OK, scale) if ridge is None else ridge * scale
+        if penalty < inf:
             inputs_KK.diagonal().add_(penalty)
             lower_KK, failed = torch.linalg.cholesky_ex(inputs_KK)
             if int(failed):
                 raise NumericsError(
                     f"{name}: the moments of its inputs have no inverse at a ridge of {penalty / scale:g}; use a larger one"
                 )
-            weight_DK[self.open_O] += torch.cholesky_solve(missing_2OK.sum(0).T, lower_KK).T
-        return torch.zeros_like(weight_DI).index_copy_(1, self.kept_K, weight_DK.to(weight_DI.dtype))
+            fitted_DK[self.open_O] += torch.cholesky_solve(self.missing_2OK.sum(0).T, lower_KK).T
+        return torch.zeros_like(weight_DI).index_copy_(1, self.kept_K, fitted_DK.to(weight_DI.dtype))
 
 
 def _best_penalty(inputs_2KK: Tensor, missing_2OK: Tensor, scale: float) -> float:
     """The lambda at which weights that are fitted to one half leave least missing in the other; infinite where none leaves less.
 
-    With X = U diag(e) U' of the half that is fitted, the change of the weights is A diag(s) U', A = (Y - W_K X) U, s = 1 / (e + lambda).
+    With X = U diag(e) U' of the half that is fitted, the change of the weights is A diag(s) U', A = M U, s = 1 / (e + lambda).
     It changes the squared error of the other half by s' ((A'A) * X2) s - 2 s' a, where X2 = U' X U and a the column sums of
-    A * ((Y - W_K X) U), both of the other half's moments: K^2 operations for each lambda.
+    A * (M2 U), X2 and M2 the other half's moments: K^2 operations for each lambda.
     """
-    penalties_S = scale * torch.logspace(*RANGE, _STEPS, dtype=torch.float64, device=inputs_2KK.device)
-    errors_S = torch.zeros_like(penalties_S)
+    penalties_P = scale * torch.logspace(*RANGE, _STEPS, dtype=torch.float64, device=inputs_2KK.device)
+    errors_P = torch.zeros_like(penalties_P)
     for half in (0, 1):
         energies_K, basis_KK = torch.linalg.eigh(inputs_2KK[half])
         change_OK, rest_OK = missing_2OK[half] @ basis_KK, missing_2OK[1 - half] @ basis_KK
         square_KK = (change_OK.T @ change_OK) * (basis_KK.T @ inputs_2KK[1 - half] @ basis_KK)
-        shrunk_SK = 1 / (energies_K.clamp(min=0.0) + penalties_S[:, None])
-        errors_S += ((shrunk_SK @ square_KK) * shrunk_SK).sum(1) - 2 * shrunk_SK @ (change_OK * rest_OK).sum(0)
-    best = int(errors_S.argmin())
-    return float(penalties_S[best]) if errors_S[best] < 0 else inf
+        shrunk_PK = 1 / (energies_K.clamp(min=0.0) + penalties_P[:, None])
+        errors_P += ((shrunk_PK @ square_KK) * shrunk_PK).sum(1) - 2 * shrunk_PK @ (change_OK * rest_OK).sum(0)
+    best = int(errors_P.argmin())
+    return float(penalties_P[best]) if errors_P[best] < 0 else inf
 
 
 def _begin(
