@@ -14,9 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from models import FAMILIES, tiny_config
 from shearling.arch.families import Anatomy, anatomy_of
 from shearling.errors import ShapeError
-from shearling.shapes import Target, find_problems, nearest_feasible, shape_of, target_anatomy, target_config
+from shearling.shapes import SIZES, Target, find_problems, nearest_feasible, shape_of, target_anatomy, target_config
 
-FIELDS = tuple(Target.model_fields)
+FIELDS = SIZES
 
 
 def anatomy(family: str, **sizes: Any) -> Anatomy:

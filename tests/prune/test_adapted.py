@@ -79,9 +79,11 @@ def test_without_adaptation_it_is_uniform(family: str) -> None:
 def test_without_adaptation_blocks_differ_by_one_neuron_at_most() -> None:
     source = source_of("mistral")
     for budget in range(source.with_sizes(neuron=1).parameters(), source.parameters(), 97):
-        masks, _ = trail(source, ["neuron"], drawn(source, ("layer", "neuron"), budget), budget, rule(adaptation=0.0))[-1]
+        scores = drawn(source, ("layer", "neuron"), budget)
+        masks, _ = trail(source, ["neuron"], scores, budget, rule(adaptation=0.0))[-1]
         sizes = masks["neuron"].sum(-1)
         assert sizes.max() - sizes.min() <= 1
+        assert (sizes[scores["layer"].argsort()].diff() >= 0).all()  # the least important first
         assert budget - 3 * 24 < left(source, masks).parameters() <= budget
 
 
@@ -219,3 +221,18 @@ def test_units_are_those_of_the_source() -> None:
         **{"layer": ((4,), 4), "hidden": ((24,), 24), "group": ((4, 3), 3), "query": ((4, 3, 2), 2), "neuron": ((4, 20), 20)}
     }
     assert left(source, all_open(source, PRUNABLE)) == source
+
+
+def test_what_masks_leave_by_hand() -> None:
+    """Of blocks and of heads that are closed, nothing counts."""
+    source, ones = source_of("qwen2"), all_open(source_of("qwen2"), PRUNABLE)
+    ones["layer"][1] = ones["group"][0, 2] = ones["group"][2, :2] = ones["hidden"][:5] = ones["neuron"][3, 4:] = 0.0
+    ones["group"][1], ones["neuron"][1] = 0.0, 0.0
+    ones["query"][0, :2, 0] = ones["query"][2, 2, 1] = 0.0
+    found = left(source, ones)
+    assert [dict(block) for block in found.blocks] == [
+        {"group": 2, "query": 1, "neuron": 20},
+        {"group": 1, "query": 1, "neuron": 20},
+        {"group": 3, "query": 2, "neuron": 4},
+    ]
+    assert found.sizes == {**source.sizes, "layer": 3, "hidden": 19, "group": 3, "query": 2, "neuron": 20}

@@ -14,7 +14,7 @@ from models import FAMILIES, tiny_config, tiny_model
 from shearling.arch.families import Anatomy, anatomy_of
 from shearling.errors import NumericsError
 from shearling.prune.attach import Attachment
-from shearling.prune.compensate import _best_penalty, compensate
+from shearling.prune.compensate import Aim, _best_penalty, compensate
 from shearling.prune.gates import Gates, gate_specs
 from shearling.prune.plan import plan_from_masks
 from shearling.prune.transform import transform
@@ -27,6 +27,7 @@ GENERATOR = torch.Generator().manual_seed(11)
 BATCHES = [torch.randint(0, 96, (2, 23), generator=GENERATOR) for _ in range(6)]
 SIZES = {"layer": 2, "hidden": 36, "group": 2, "query": 1, "neuron": 24}
 LINEARS = ("self_attn.o_proj", "mlp.down_proj")
+AIMS: tuple[Aim, ...] = ("own", "source")
 Masks = dict[str, Tensor]
 
 
@@ -96,6 +97,22 @@ def kept_inputs(anatomy: Anatomy, masks: Masks, name: str) -> Tensor:
     return torch.tensor(kept, dtype=torch.float64)
 
 
+def aimed_at(model: Any, anatomy: Anatomy, name: str, x: Tensor, aim: Aim) -> Tensor:
+    """What a projection of inputs x [N, I] is to come near [N, D], its bias left out."""
+    projection = model.get_submodule(name)
+    if aim == "own":
+        return x @ projection.weight.detach().T
+    y = passing(model, anatomy, {})[name][1]
+    return y if projection.bias is None else y - projection.bias.detach()
+
+
+def expected_names(anatomy: Anatomy, masks: Masks, aim: Aim) -> set[str]:
+    """The weights that compensation is to give."""
+    layers = [layer for layer in range(3) if "layer" not in masks or masks["layer"][layer] > 0]
+    names = {f"model.layers.{layer}.{linear}" for layer in layers for linear in LINEARS}
+    return {f"{name}.weight" for name in names if aim == "source" or not kept_inputs(anatomy, masks, name).all()}
+
+
 def duplicate(model: Any, pairs: int = 8) -> Masks:
     """Make the last neurons linear in the first ones, and the second query head of each group equal to its first; masks of the rest."""
     with torch.no_grad():
@@ -116,11 +133,12 @@ def duplicate(model: Any, pairs: int = 8) -> Masks:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_linear_in_the_rest_is_made_up_for_exactly(family: str) -> None:
+@pytest.mark.parametrize("aim", AIMS)
+def test_what_is_linear_in_the_rest_is_made_up_for_exactly(family: str, aim: Aim) -> None:
     model, anatomy = source(family)
     masks = duplicate(model)
     before = gated(model, anatomy, {})
-    found = compensate(model, anatomy, masks, BATCHES, ridge=1e-13)
+    found = compensate(model, anatomy, masks, BATCHES, ridge=1e-13, aim=aim)
     plain = gated(model, anatomy, masks)
     after = gated(with_weights(model, found), anatomy, masks)
     spread = before.max() - before.min()
@@ -130,31 +148,27 @@ def test_what_is_linear_in_the_rest_is_made_up_for_exactly(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("axes", [("neuron",), ("group", "query"), ("query", "neuron", "layer"), tuple(SIZES)])
-def test_no_output_is_further_off_than_without(family: str, axes: tuple[str, ...]) -> None:
-    """Of every projection, against the source's output, whatever the ridge; and all in all the logits are nearer."""
+@pytest.mark.parametrize("aim", AIMS)
+def test_no_output_is_further_off_than_without(family: str, axes: tuple[str, ...], aim: Aim) -> None:
+    """Of every projection, on the text that was fitted, whatever the ridge; and all in all the logits are nearer to the source's."""
     model, anatomy = source(family)
     masks = some_masks(anatomy, {axis: SIZES[axis] for axis in axes})
-    wanted, before = passing(model, anatomy, {}), gated(model, anatomy, {})
-    plain = gated(model, anatomy, masks)
-    open_layers = [layer for layer in range(3) if "layer" not in masks or masks["layer"][layer] > 0]
+    before, plain = gated(model, anatomy, {}), gated(model, anatomy, masks)
+    rows = masks.get("hidden", torch.ones(48)) > 0
     for ridge in (1e-8, 1e-4, 1.0, None):
-        found = compensate(model, anatomy, masks, BATCHES, ridge=ridge)
-        assert found.keys() == {f"model.layers.{layer}.{linear}.weight" for layer in open_layers for linear in LINEARS}
-        other = with_weights(model, found)
-        gains = []
+        found = compensate(model, anatomy, masks, BATCHES, ridge=ridge, aim=aim)
+        assert found.keys() == expected_names(anatomy, masks, aim)
+        other, gains = with_weights(model, found), []
         for name, (x, _) in passing(other, anatomy, masks).items():
             if f"{name}.weight" in found:
                 kept = kept_inputs(anatomy, masks, name)
                 own, fitted = model.get_parameter(f"{name}.weight").detach(), found[f"{name}.weight"]
-                assert not fitted[:, kept == 0].any() and fitted.shape == own.shape and fitted.dtype == own.dtype
-                y = wanted[name][1] - (
-                    getattr(model.get_submodule(name), "bias", None) if model.get_submodule(name).bias is not None else 0
-                )
-                rows = masks.get("hidden", torch.ones(48)) > 0
-                assert torch.equal(fitted[~rows], own[~rows] * kept)
+                assert fitted.shape == own.shape and fitted.dtype == own.dtype
+                assert not fitted[:, kept == 0].any() and torch.equal(fitted[~rows], own[~rows] * kept)
+                y = aimed_at(model, anatomy, name, x, aim)
                 errors = [(y - x @ weight.T)[:, rows].square().sum() for weight in (fitted, own * kept)]
                 gains.append(float(errors[0] / errors[1].clamp(min=1e-20)))
-        assert max(gains) <= 1 + 1e-9  # which is not said of text that was not fitted
+        assert max(gains) <= 1 + 1e-9
         assert min(gains) < 0.999
         if ridge != 1.0:
             assert (gated(other, anatomy, masks) - before).square().mean() < (plain - before).square().mean()
@@ -162,20 +176,21 @@ def test_no_output_is_further_off_than_without(family: str, axes: tuple[str, ...
 
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("axes", [("query",), tuple(SIZES)])
-def test_it_is_the_least_squares_solution(axes: tuple[str, ...], biased: bool) -> None:
-    """Of every projection: from what enters it where all before it is cut and compensated, to what the source gives, in stacked form."""
+@pytest.mark.parametrize("aim", AIMS)
+def test_it_is_the_least_squares_solution(axes: tuple[str, ...], biased: bool, aim: Aim) -> None:
+    """Of every projection, in stacked form, from what enters it where all before it is cut and compensated."""
     model, anatomy = biased_source("llama", biased=biased)
     wholly_double(model)
     masks, ridge = some_masks(anatomy, {axis: SIZES[axis] for axis in axes}), 1e-2
-    found = compensate(model, anatomy, masks, BATCHES, ridge=ridge)
-    wanted, entering = passing(model, anatomy, {}), passing(with_weights(model, found), anatomy, masks)
+    found = compensate(model, anatomy, masks, BATCHES, ridge=ridge, aim=aim)
+    entering = passing(with_weights(model, found), anatomy, masks)
     rows = masks.get("hidden", torch.ones(48)) > 0
-    for name, weight in found.items():
-        projection = model.get_submodule(name.removesuffix(".weight"))
-        x, y = entering[name.removesuffix(".weight")][0], wanted[name.removesuffix(".weight")][1]
+    assert found.keys() == expected_names(anatomy, masks, aim)
+    for full_name, weight in found.items():
+        name = full_name.removesuffix(".weight")
+        projection, x = model.get_submodule(name), entering[name][0]
         assert (projection.bias is not None) == biased
-        y = y - projection.bias.detach() if biased else y
-        kept = kept_inputs(anatomy, masks, name.removesuffix(".weight")) > 0
+        y, kept = aimed_at(model, anatomy, name, x, aim), kept_inputs(anatomy, masks, name) > 0
         x, own = x[:, kept], projection.weight.detach()[:, kept]
         root = (ridge * x.square().sum(0).mean()).sqrt()
         stacked, targets = torch.cat([x, root * torch.eye(int(kept.sum()), dtype=x.dtype)]), torch.cat([y, root * own.T])
@@ -203,16 +218,17 @@ def test_gated_equals_cut_with_the_new_weights(family: str) -> None:
     assert compare_logits(cut, masked_logits(model, anatomy, masks, BATCHES[0]), BATCHES[0]).relative_difference > 1e-3
 
 
-def test_later_blocks_make_up_for_earlier_ones() -> None:
-    """What enters a projection is measured in the model that is cut and compensated before it, not in the source."""
+def test_later_blocks_make_up_for_earlier_ones_where_the_source_is_the_aim() -> None:
     model, anatomy = source("llama")
     masks = {"neuron": torch.ones(3, 40)}
     masks["neuron"][0, :30] = 0
-    found = compensate(model, anatomy, masks, BATCHES, ridge=1e-10)
+    found = compensate(model, anatomy, masks, BATCHES, ridge=1e-10, aim="source")
     same, new = (model.get_parameter("model.layers.0.self_attn.o_proj.weight"), found["model.layers.0.self_attn.o_proj.weight"])
     torch.testing.assert_close(new, same.detach(), rtol=1e-6, atol=1e-8)
     untouched = "model.layers.2.mlp.down_proj.weight"  # nothing of it is cut, but what it reads is
     assert (found[untouched] - model.get_parameter(untouched)).abs().max() > 1e-3
+    assert compensate(model, anatomy, masks, BATCHES).keys() == {"model.layers.0.mlp.down_proj.weight"}
+    assert not compensate(model, anatomy, {"hidden": torch.arange(48).lt(36).float()}, BATCHES)
 
 
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -243,7 +259,7 @@ def test_the_ridge_is_chosen_by_text_that_was_not_fitted(family: str) -> None:
 
     few = [BATCHES[0][:1], BATCHES[1][:1]]
     plain = error({})
-    assert error(compensate(model, anatomy, masks, few, ridge=1e-6)) > 1.2 * plain
+    assert error(compensate(model, anatomy, masks, few, ridge=1e-6)) > 1.1 * plain
     assert error(compensate(model, anatomy, masks, few)) < 1.02 * plain
     assert error(compensate(model, anatomy, masks, more)) < 0.97 * plain
 
@@ -268,16 +284,41 @@ def test_the_chosen_ridge_is_the_best_of_two_halves() -> None:
     assert found[0] == pytest.approx(1e-6) and 1e-3 < found[1] < 1e3 and found[2] == inf
 
 
-def test_the_same_bits_twice_and_the_model_as_it_was() -> None:
+def test_halves_are_of_the_batches_in_turn() -> None:
+    """A projection's weight is the one at the ridge that does best when even batches are fitted and odd ones judged, and the reverse."""
+    model, anatomy = source("qwen2")
+    masks, name = some_masks(anatomy, {"query": 1}), "model.layers.0.self_attn.o_proj"
+    found, kept = compensate(model, anatomy, masks, BATCHES)[f"{name}.weight"], kept_inputs(anatomy, masks, name) > 0
+    x, y = passing(model, anatomy, {})[name]
+    own = model.get_parameter(f"{name}.weight").detach()[:, kept]
+    scale = float(x[:, kept].square().sum(0).mean())
+
+    def fitted(x: Tensor, y: Tensor, penalty: float) -> Tensor:
+        return own + torch.linalg.solve(x.T @ x + penalty * torch.eye(x.shape[1]), x.T @ (y - x @ own.T)).T
+
+    x_even, x_odd = (torch.cat(x[:, kept].split(46)[half::2]) for half in (0, 1))  # 46 tokens a batch
+    y_even, y_odd = (torch.cat(y.split(46)[half::2]) for half in (0, 1))
+    errors = {}
+    for step in range(41):
+        penalty = scale * 10 ** (-6 + step / 4)
+        off = (y_odd - x_odd @ fitted(x_even, y_even, penalty).T, y_even - x_even @ fitted(x_odd, y_odd, penalty).T)
+        errors[penalty] = float(sum(one.square().sum() for one in off))
+    best = min(errors, key=lambda penalty: errors[penalty])
+    assert 1e-5 < best / scale < 1e3
+    torch.testing.assert_close(found[:, kept], fitted(x[:, kept], y, best), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("aim", AIMS)
+def test_the_same_bits_twice_and_the_model_as_it_was(aim: Aim) -> None:
     model, anatomy = source("qwen3", tied=True)
     model = model.float().train()
     masks, calls = some_masks(anatomy, SIZES), []
     before = {name: (weight, weight.clone()) for name, weight in model.named_parameters()}
-    first = compensate(model, anatomy, masks, BATCHES, stop=lambda: calls.append(1))
-    second = compensate(model, anatomy, masks, BATCHES)
+    first = compensate(model, anatomy, masks, BATCHES, stop=lambda: calls.append(1), aim=aim)
+    second = compensate(model, anatomy, masks, BATCHES, aim=aim)
     assert first.keys() == second.keys() and all(torch.equal(weight, second[name]) for name, weight in first.items())
     assert all(weight.dtype == torch.float32 and not weight.requires_grad for weight in first.values())
-    assert len(calls) == len(BATCHES) * (1 + 3 + 2 * 3)  # begin, the source's three blocks, each kept one thrice
+    assert len(calls) == len(BATCHES) * (1 + 3 * (aim == "source") + 2 * 3)  # begin, the source's blocks, each kept one thrice
     after = dict(model.named_parameters())
     assert all(after[name] is weight and torch.equal(weight, copied) for name, (weight, copied) in before.items())
     assert model.training and all(weight.requires_grad and weight.grad is None for weight in after.values())
@@ -286,7 +327,7 @@ def test_the_same_bits_twice_and_the_model_as_it_was() -> None:
 
 def test_a_stop_on_the_way_leaves_the_model_as_it_was() -> None:
     model, anatomy = source("llama")
-    masks, left = some_masks(anatomy, {"neuron": 20}), iter(range(33))
+    masks, left = some_masks(anatomy, {"neuron": 20}), iter(range(22))
     before = {name: weight.clone() for name, weight in model.named_parameters()}
 
     def stop() -> None:
@@ -314,9 +355,11 @@ def test_what_is_wrong_is_refused() -> None:
     with pytest.raises(ValueError, match="more than 0"):
         compensate(model, anatomy, {}, BATCHES, ridge=0.0)
     with pytest.raises(NumericsError, match="use a larger one"):
-        compensate(model, anatomy, {}, [BATCHES[0][:1, :3]], ridge=1e-300)
+        compensate(model, anatomy, some_masks(anatomy, {"neuron": 20}), [BATCHES[0][:1, :3]], ridge=1e-300)
     with pytest.raises(ValueError, match="two or more"):
         compensate(model, anatomy, {}, BATCHES[:1])
     torch.nn.init.constant_(model.model.layers[1].mlp.up_proj.weight, float("nan"))
     with pytest.raises(NumericsError, match=r"layers\.1\.mlp\.down_proj.*not finite"):
-        compensate(model, anatomy, {}, BATCHES)
+        compensate(model, anatomy, some_masks(anatomy, {"neuron": 20}), BATCHES)
+    with pytest.raises(ValueError, match="unknown aim"):
+        compensate(model, anatomy, {}, BATCHES, aim="sauce")  # type: ignore[arg-type]

@@ -359,14 +359,10 @@ def open_of(values: Tensor, axis: str, masks: Masks) -> Tensor:
     return torch.stack([values[at][masks[axis][at] > 0] for at in of_group])
 
 
-OFF = {("activation", "hidden", "layer"), ("activation", "group", "query")}
-"""(score, axis, axis with masks): where more is counted than is left, the norms of closed blocks and a head's closed queries."""
-
-
 @pytest.mark.parametrize("axes", [PRUNABLE, ("hidden", "group", "query", "neuron"), ("layer",)], ids=["all", "width", "depth"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_under_masks_are_those_of_the_cut_model(family: str, axes: tuple[str, ...]) -> None:
-    """For what is left, of scores by gradients and by activations."""
+    """For what is left, of scores by gradients, activations and weights."""
     config = tiny_config(family, **SIZES).to_dict()
     source, model = anatomy_of(config), tiny_model(family, **SIZES)
     sizes = {"layer": 2, "hidden": 18, "group": 2, "query": 1, "neuron": 10}
@@ -374,10 +370,11 @@ def test_scores_under_masks_are_those_of_the_cut_model(family: str, axes: tuple[
     closed = random_masks(source, target, 3)
     masks = all_open(source, PRUNABLE) | closed
     cut = cut_model(model, config, source, target, closed)
-    for name in ("taylor", "taylor-element", "taylor-vector", "taylor-element-second", "activation", "block-influence"):
+    gradients = ("taylor", "taylor-element", "taylor-vector", "taylor-element-second")
+    for name in (*gradients, "activation", "block-influence", "fluctuation", "magnitude-l2"):
         names = {axis: name for axis in PRUNABLE if axis in SCORES[name].axes}
         found = compute(names, model, source, unit_specs(source, names), token_losses, list(DATA[:3]), masks=closed)
         expected = compute(names, cut, target, unit_specs(target, names), token_losses, list(DATA[:3]))
-        for axis in (axis for axis in names if not any((name, axis, other) in OFF for other in axes)):
+        for axis in names:
             of_left = open_of(found[axis], axis, masks).reshape(expected[axis].shape)
             close(of_left, expected[axis], f"{name} {axis}", rtol=1e-3, atol=1e-5 * float(expected[axis].abs().max()))

@@ -84,6 +84,20 @@ def slice_tensor(tensor: Tensor, pattern: str, sizes: Mapping[str, int], keep: M
     return tensor
 
 
+def close(tensor: Tensor, pattern: str, sizes: Mapping[str, int], masks: Mapping[str, Tensor]) -> Tensor:
+    """Zeros where a unit that the element is of is closed. Shape in and out: `dimensions(pattern, sizes)`.
+
+    `masks`: {axis: 0/1 tensor [size]} of the tensor's own block; of `query` [group, query].
+    """
+    for dim, axes in enumerate(parse_pattern(pattern)):
+        for axis in (axis for axis in axes if axis in masks):
+            spanned = ("group", "query") if axis == "query" else (axis,)
+            own = masks[axis].to(tensor).reshape([sizes[other] if other in spanned else 1 for other in axes])
+            along = own.expand([sizes[other] for other in axes]).reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
+            tensor = tensor * along
+    return tensor
+
+
 def sum_onto(tensor: Tensor, pattern: str, sizes: Mapping[str, int], axes: Sequence[str]) -> Tensor:
     """Sum a tensor over every axis of its pattern but `axes`. Shape in: `dimensions(pattern, sizes)`; out: the sizes of `axes`."""
     if tuple(tensor.shape) != dimensions(pattern, sizes):

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,8 @@ def compensate(
     """
     if not batches_BT:
         raise ValueError("compensation needs at least one calibration batch")
+    if aim not in get_args(Aim):
+        raise ValueError(f"unknown aim {aim!r}; one of {get_args(Aim)}")
     if ridge is None and len(batches_BT) < 2:
         raise ValueError("a ridge is chosen on batches that were left out, so there must be two or more; or give the ridge")
     if ridge is not None and not ridge > 0:

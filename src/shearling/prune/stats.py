@@ -26,17 +26,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shearling.arch.axes import parse_pattern, sum_onto
+from shearling.arch.axes import PER_LAYER, close, parse_pattern, sum_onto
 from shearling.arch.families import Anatomy
 from shearling.prune.attach import Attachment
 from shearling.prune.gates import GateSpec
+from shearling.prune.watch import Moments, Watch, views
 from shearling.world import World
 
 Objective = Callable[[nn.Module, Tensor], Tensor]
@@ -57,17 +56,6 @@ _UNITS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Moments:
-    """Of one value per entry, over tokens or batches: fp64, of gates' means fp32; on the CPU."""
-
-    mean: Tensor
-    absolute: Tensor
-    """Mean of the absolute value."""
-    variance: Tensor
-    """Mean squared distance from the mean: divided by the number, not by one less."""
-
-
-@dataclass(frozen=True)
 class Weight:
     """One weight, and what was collected of it: fp32 and whole, gathered when asked for, which is a collective where it is sharded."""
 
@@ -76,8 +64,15 @@ class Weight:
 
     @property
     def value(self) -> Tensor:
-        """The weight w itself."""
-        return _whole(self._stats.parameters[self.name])
+        """The weight w itself; zero where the masks close it."""
+        whole, stats = _whole(self._stats.parameters[self.name]), self._stats
+        layer = stats.anatomy.layer_of(self.name)
+        masks = {
+            axis: mask[layer] if axis in PER_LAYER else mask for axis, mask in stats.masks.items() if axis == "hidden" or layer is not None
+        }
+        if "layer" in masks:
+            whole = whole * masks.pop("layer")[layer].to(whole)
+        return close(whole, stats.anatomy.tensors()[self.name], stats.anatomy.sizes, masks) if masks else whole
 
     @property
     def gradient(self) -> Tensor:
@@ -114,6 +109,8 @@ class Stats:
     summed over all norms [D]."""
     cosines: Mapping[str, Tensor] = field(default_factory=dict)
     """`layer` -> mean over tokens of the cosine between input and output of a block [L]."""
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+    """At which it was measured, {axis: 0/1 of the gates' shape}; an axis left out is open everywhere."""
 
     def sum_elements(self, value: Callable[[Weight], Tensor]) -> Scores:
         """Sum an elementwise value of the weights (of the weight's shape) over everything that goes with a unit, for every axis.
@@ -183,12 +180,12 @@ def collect(
     named: dict[str, Tensor] = dict(model.named_parameters())
     parameters = {name: named[name] for name, _, _ in weights_of(anatomy)}
     if not wanted:
-        return Stats(anatomy, specs, parameters, seed)
+        return Stats(anatomy, specs, parameters, seed, masks=masks or {})
     if not batches_BT:
         raise ValueError("statistics need at least one calibration batch")
     touched = {name for name, pattern, layer in weights_of(anatomy) if any(_touches(axis, pattern, layer) for axis in specs)}
     device = next(model.parameters()).device
-    watch = _Watch(anatomy, wanted, device)
+    watch = Watch(anatomy, wanted, device, masks or {})
     fold = _Fold({name: weight for name, weight in parameters.items() if name in touched}, wanted)
     shapes = {axis: spec.shape for axis, spec in specs.items()} if "gate_gradients" in wanted else {}
     slopes_N = torch.zeros(sum(map(prod, shapes.values())), device=device)
@@ -205,7 +202,7 @@ def collect(
             watch.sums_N.zero_()
             fold.share = 1 / len(parts)
             for part_BT in parts:
-                attachment.set({**masks, **_views(gates_N, shapes)})
+                attachment.set({**masks, **views(gates_N, shapes)})
                 with torch.set_grad_enabled(backward):
                     loss = objective(model, part_BT).mean()
                 if backward:
@@ -218,13 +215,13 @@ def collect(
                 squares_N += found_N.double().square()
     fold.divide(len(batches_BT), sum(len(ids_BT) for ids_BT in batches_BT))
     gates = _gate_moments(slopes_N.cpu(), squares_N.cpu(), len(batches_BT), shapes)
-    return Stats(anatomy, specs, parameters, seed, gates, fold.gradients, fold.squares, *watch.means(sums_N.cpu()))
+    return Stats(anatomy, specs, parameters, seed, gates, fold.gradients, fold.squares, *watch.means(sums_N.cpu()), masks)
 
 
 def _gate_moments(slopes_N: Tensor, squares_N: Tensor, batches: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Moments]:
     mean_N = slopes_N / batches
     variance_N = (squares_N / batches - mean_N.double().square()).clamp(min=0.0)
-    means, variances = _views(mean_N, shapes), _views(variance_N, shapes)
+    means, variances = views(mean_N, shapes), views(variance_N, shapes)
     return {axis: Moments(means[axis], means[axis], variances[axis]) for axis in shapes}
 
 
@@ -263,82 +260,9 @@ class _Fold:
                 _local(total).div_(count)
 
 
-class _Watch:
-    """Sums, in fp64, over the tokens that pass through a model forwards."""
-
-    def __init__(self, anatomy: Anatomy, wanted: Collection[str], device: torch.device) -> None:
-        sizes = anatomy.sizes
-        self.anchors, self.layers, self.heads = anatomy.family.anchors, sizes["layer"], (sizes["group"], sizes["query"])
-        self.shapes: dict[str, tuple[int, ...]] = {"tokens": (1,)} if {"activations", "influence"} & set(wanted) else {}
-        if "activations" in wanted:
-            for what, inputs in (("heads", prod(self.heads) * sizes["head_dim"]), ("neurons", sizes["neuron"])):
-                self.shapes |= {f"{what} {power}": (self.layers, inputs) for power in ("total", "absolute", "squared")}
-            self.shapes |= {"norms of heads": (self.layers, *self.heads), "stream": (sizes["hidden"],)}
-        if "influence" in wanted:
-            self.shapes["cosines"] = (self.layers,)
-        self.sums_N = torch.zeros(sum(map(prod, self.shapes.values())), dtype=torch.float64, device=device)
-        self._sums = _views(self.sums_N, self.shapes)
-
-    @contextmanager
-    def on(self, model: nn.Module) -> Iterator[None]:
-        with ExitStack() as hooks:
-            for layer in range(self.layers if self.shapes else 0):
-                block = model.get_submodule(f"{self.anchors.layers}.{layer}")
-                hooks.callback(block.register_forward_hook(partial(self._block, layer), with_kwargs=True).remove)
-                if "stream" in self.shapes:
-                    for name, what in ((self.anchors.attention_output, "heads"), (self.anchors.mlp_output, "neurons")):
-                        hooks.callback(block.get_submodule(name).register_forward_pre_hook(partial(self._inputs, what, layer)).remove)
-                    for name in self.anchors.block_norms:
-                        hooks.callback(block.get_submodule(name).register_forward_hook(self._norm).remove)
-            if "stream" in self.shapes:
-                hooks.callback(model.get_submodule(self.anchors.final_norm).register_forward_hook(self._norm).remove)
-            yield
-
-    @torch.no_grad()
-    def _block(self, layer: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
-        if layer == 0:
-            self._sums["tokens"] += before[..., 0].numel()
-        if "cosines" in self.shapes:
-            after = out[0] if isinstance(out, tuple) else out
-            self._sums["cosines"][layer] += F.cosine_similarity(before.float(), after.float(), dim=-1).sum(dtype=torch.float64)
-
-    @torch.no_grad()
-    def _inputs(self, what: str, layer: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        x_NI = args[0].flatten(0, -2).float()
-        self._sums[f"{what} total"][layer] += x_NI.sum(0, dtype=torch.float64)
-        self._sums[f"{what} absolute"][layer] += x_NI.abs().sum(0, dtype=torch.float64)
-        self._sums[f"{what} squared"][layer] += x_NI.square().sum(0, dtype=torch.float64)
-        if what == "heads":
-            norms = torch.linalg.vector_norm(x_NI.unflatten(1, (*self.heads, -1)), dim=-1)
-            self._sums["norms of heads"][layer] += norms.sum(0, dtype=torch.float64)
-
-    @torch.no_grad()
-    def _norm(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-        self._sums["stream"] += out.flatten(0, -2).abs().sum(0, dtype=torch.float64)
-
-    def means(self, sums_N: Tensor) -> tuple[dict[str, Moments], dict[str, Tensor], dict[str, Tensor]]:
-        """`inputs`, `sizes` and `cosines` of `Stats`, from the sums over all batches."""
-        sums = _views(sums_N, self.shapes)
-        means = {name: total / sums["tokens"] for name, total in sums.items()}
-        if "stream" not in means:
-            return {}, {}, {"layer": means["cosines"]} if "cosines" in means else {}
-        inputs = {}
-        for what in ("heads", "neurons"):
-            mean = means[f"{what} total"]
-            inputs[what] = Moments(mean, means[f"{what} absolute"], (means[f"{what} squared"] - mean.square()).clamp(min=0.0))
-        sizes = {"heads": means["norms of heads"], "hidden": means["stream"]}
-        return inputs, sizes, {"layer": means["cosines"]} if "cosines" in means else {}
-
-
 def _touches(axis: str, pattern: str, layer: int | None) -> bool:
     """Whether a weight goes, in part or whole, where a unit of the axis goes."""
     return layer is not None if axis == "layer" else any(axis in dimension for dimension in parse_pattern(pattern))
-
-
-def _views(flat_N: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    parts = flat_N.split([prod(shape) for shape in shapes.values()]) if shapes else ()  # type: ignore[no-untyped-call]
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def _gathered(tensor: Tensor, world: World, dealt: bool) -> list[Tensor]:
