@@ -142,6 +142,10 @@ def test_rotated_and_compensated(rotate: str, family: str, sources: Callable[[st
     assert report["verify"]["relative_difference"] <= 1e-4 or report["verify"]["relative_difference_float64"] <= 1e-8
     made_by = json.loads((tmp_path / "run" / "plan.json").read_text())["made_by"]
     assert made_by["compensated_on"] == 8 and made_by.get("rotated", "no") == rotate
+    assert (made_by["scores"]["hidden"] == "first-channels") == (rotate != "no")
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    hidden = plan["keep"]["hidden"]
+    assert (hidden == list(range(len(hidden)))) == (rotate != "no")
     assert report["tokens"]["prune"] == 32 * (4 + 8 + (4 if rotate != "no" else 0))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype=torch.float32)
     assert sum(p.numel() for p in model.parameters()) == report["model"]["parameters"]

@@ -45,8 +45,8 @@ class PruneConfig(FitConfig):
     evaluate_every: Count = 50
     """Steps between held-out evaluations, each followed by an update of the mixture; there is one after the last step, too."""
     rotate: Literal["no", "tied", "untied"] = "no"
-    """Turn the residual stream to its principal axes first, so that hidden drops directions: a head that is tied stays so, as nearly
-    as can be, or gets a matrix of its own, which counts as parameters."""
+    """Turn the residual stream to its principal axes first, so that hidden drops the directions that carry least (unless prune.scores
+    says otherwise): a tied head stays tied, as nearly as can be, or gets a matrix of its own, which counts as parameters."""
     compensate: Annotated[int, Field(ge=0)] = 0
     """Sequences on which what is kept of heads and neurons is fitted to stand in for what is gone, before the cut; 0: it is not."""
     gates: GateConfig = GateConfig()

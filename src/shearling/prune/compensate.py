@@ -18,7 +18,8 @@ cut as it is, that is what stays.
 Block by block, in order, x is what enters the projection in the model whose earlier blocks are cut and compensated already. What y is
 has two answers. `own`: what the whole projection would give of the same x, so that it makes up for its own loss alone. `source`: what
 the source's gives on the source's stream ("whole model pruning" there), so that it also makes up for errors made before. The second
-regresses on inputs that carry noise, and so shrinks what every later block says: on a small model and little text it is far worse.
+regresses on inputs that are off already, and so shrinks what later blocks say. SmolLM2-135M without a third of its query heads, 5,376
+tokens, held-out loss in nats: 4.95 as cut, 4.74 with `source`, 3.36 with `own`.
 
 Shapes: B sequences of T tokens, N tokens in all; D hidden channels, O of them kept; I inputs of a projection, K of them kept, S gone;
 P lambdas.
@@ -68,10 +69,9 @@ def compensate(
 ) -> dict[str, Tensor]:
     """Weights for the output projections of kept blocks that make up for what `masks` close.
 
-    The calibration text is kept as a stream of tokens x D numbers of the model's dtype, which two copies of are there at times (for
-    `source`, five), and of one projection the second moments, in fp64: a few matrices of K x K and O x K. Takes about four forward
-    passes, and for each projection two eigendecompositions of K x K where the ridge is looked for. On a CPU the same text gives the
-    same bits.
+    Memory: the calibration text as a stream of tokens x D numbers of the model's dtype, three times over (for `source`, six), and one
+    projection's second moments in fp64, a few matrices of K x K and O x K. Time: about four forward passes (five), and for each
+    projection two eigendecompositions of K x K where the ridge is looked for. On a CPU the same text gives the same bits.
 
     Args:
         model: the source, whole, on one device; run in eval mode and left as it was.

@@ -222,7 +222,10 @@ def choose(prune: Any, source: Anatomy, asked: Target | None) -> Choice:
     specs = gate_specs(source, target) if method.rule == "shape" or asked is None else unit_specs(source, axes)
     blocks = unit_specs(source, ("layer",))
     weighed = blocks if method.rule == "adapted" and asked is not None else {}
-    chosen = choose_scores(method, prune.scores, {**specs, **weighed})
+    asked_scores = prune.scores
+    if prune.rotate != "no" and "hidden" in specs and not isinstance(asked_scores, str):  # by what the axes carry, unless asked
+        asked_scores = {"hidden": "first-channels", **(asked_scores or {})}
+    chosen = choose_scores(method, asked_scores, {**specs, **weighed})
     more = {name for name in chosen.values() if scores.SCORES[name].needs - {"weights", "weight_gradients"}}
     if method.from_training and more:
         remedy = "Training has weights and their gradients alone: take taylor-element, taylor-vector, or a magnitude."

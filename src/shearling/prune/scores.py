@@ -290,6 +290,13 @@ def every_nth(stats: Stats) -> Scores:
     return {"layer": scores}
 
 
+@score("first-channels", paper="SliceGPT, Ashkboos et al. 2024, arXiv 2401.15024", needs=(), axes=("hidden",))
+def first_channels(stats: Stats) -> Scores:
+    """By place: the last channels go first. Of a stream that was turned to its principal axes, those that carry least."""
+    channels = stats.anatomy.sizes["hidden"]
+    return {"hidden": torch.arange(channels, 0, -1)}
+
+
 @score("random", paper="none: the control that every other score has to beat", needs=(), axes=EVERY)
 def by_chance(stats: Stats) -> Scores:
     """Uniform on [0, 1), from the seed and the axis alone."""
