@@ -15,12 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shearling
-from models import save_tiny_source
-from runs import SignalAt, contents, metrics, recipe_values, write_text
+from runs import SignalAt, contents, metrics, recipe_values
+from shearling import export
 from shearling.arch.families import anatomy_of
 from shearling.errors import ConfigError, OutputError, ShapeError, Stopped
 
-SIZES: dict[str, dict[str, Any]] = {"llama": {"tied": True, "layers": 4}, "qwen3": {"tied": False, "layers": 4}}
+SOURCES: dict[str, dict[str, Any]] = {"llama": {"tied": True, "layers": 4}, "qwen3": {"tied": False, "layers": 4}}
 METHODS: dict[str, dict[str, Any]] = {
     "taylor": {},
     "sheared-llama": {"steps": 8},
@@ -33,29 +33,12 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def domains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("budget-sources")
-
-    def get(family: str) -> Path:
-        if not (root / family).exists():
-            save_tiny_source(root / family, family, **SIZES[family])
-        return root / family
-
-    return get
-
-
 def values_of(source: Path, domains: dict[str, str], name: str, share: float = 0.7, **more: Any) -> dict[str, Any]:
     prune = {"method": name.split()[0], "steps": 0, "gates": {"calibration_sequences": 4}, "evaluate_every": 2, **METHODS[name]}
     return recipe_values(source, domains, target={"parameters": share}, prune=prune, **more)
 
 
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("family", SOURCES)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_budget_is_met_and_the_result_is_a_model(
     name: str, family: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path
@@ -115,6 +98,23 @@ def test_padding_gives_a_stock_checkpoint_of_the_same_function(
         shearling.pad(tmp_path / "run" / "pruned", tmp_path / "padded")
 
 
+def test_a_run_pads_its_result_where_asked(sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    found = shearling.run(values_of(sources("llama"), domains, "saap", export={"pad_to_uniform": True}), tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "padded" / "config.json").read_text())
+    assert config["model_type"] == "llama" and found["padded"]["after"] == anatomy_of(config).parameters()
+    assert found["padded"]["before"] == found["model"]["parameters"] < found["padded"]["after"]
+    alike = shearling.run(values_of(sources("llama"), domains, "taylor", export={"pad_to_uniform": True}), tmp_path / "alike")
+    assert "padded" not in alike and not (tmp_path / "alike" / "padded").exists()
+
+
+def test_padding_that_rounding_may_hide_is_compared_in_fp64(
+    sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shearling.prune(values_of(sources("llama"), domains, "saap"), tmp_path / "run")
+    monkeypatch.setitem(export.TOLERANCE, "float32", 1e-12)  # as if these weights were such that fp32 cannot tell
+    assert shearling.pad(tmp_path / "run" / "pruned", tmp_path / "padded")["relative_difference"] < 1e-12
+
+
 @pytest.mark.parametrize("name", ["adapt-pruner", "efficientllm"])
 def test_a_signal_between_cuts_changes_nothing(name: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
     values = values_of(sources("llama"), domains, name, runtime={"precision": "float32"})
@@ -130,14 +130,14 @@ def test_a_signal_between_cuts_changes_nothing(name: str, sources: Callable[[str
 
 
 @pytest.mark.parametrize("rotate", ["no", "tied", "untied"])
-@pytest.mark.parametrize("family", SIZES)
+@pytest.mark.parametrize("family", SOURCES)
 def test_rotated_and_compensated(rotate: str, family: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
     """A stock checkpoint that computes what the turned, fitted, masked source does; the plan says how it was made."""
     values = values_of(sources(family), domains, "taylor")
     values["prune"] |= {"rotate": rotate, "compensate": 8}
     report = shearling.run(values, tmp_path / "run")
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert config["model_type"] == family and config["tie_word_embeddings"] is (SIZES[family]["tied"] and rotate != "untied")
+    assert config["model_type"] == family and config["tie_word_embeddings"] is (SOURCES[family]["tied"] and rotate != "untied")
     assert report["model"]["parameters"] <= 0.7 * report["source"]["parameters"]
     assert report["verify"]["relative_difference"] <= 1e-4 or report["verify"]["relative_difference_float64"] <= 1e-8
     made_by = json.loads((tmp_path / "run" / "plan.json").read_text())["made_by"]

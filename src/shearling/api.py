@@ -31,9 +31,6 @@ from shearling.sources import Source, open_source
 from shearling.world import World, join, restarted
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from shearling.io.tensors import ShardWriter
     from shearling.stages import Context
 
 STAGES = ("prepare", "source", "prune", "train", "evaluate")
@@ -155,33 +152,12 @@ def pad(model: str | Path, out: str | Path, *, overwrite: bool = False) -> dict[
     Returns:
         `before` and `after`: parameters; `ratio`: what that costs; `relative_difference`: of the logits, which is checked.
     """
-    import torch
+    from shearling.export import save_padded
 
-    from shearling.export import publish_model
-    from shearling.prune.pad import pad_to_uniform, padded_config, padding_cost
-    from shearling.prune.verify import compare_logits, logits_of, require_equal
-
-    source, final = open_source(model), Path(out)
+    final = Path(out)
     if not overwrite:
         refuse_existing(final)
-    reader = source.reader()
-    uniform, tensors = pad_to_uniform(source.anatomy, reader)
-    ids_BT = torch.arange(64).reshape(2, 32) % source.anatomy.sizes["vocab"]
-    original = source.load_model()
-    dtype, expected = reader.get(next(iter(source.anatomy.tensors()))).dtype, logits_of(original, ids_BT)
-    found = padding_cost(source.anatomy)
-
-    def write(writer: ShardWriter) -> None:
-        for name, tensor in tensors:
-            writer.add(name, tensor)
-
-    def verify(padded: PreTrainedModel) -> None:
-        difference = compare_logits(padded.float(), expected, ids_BT)
-        require_equal(difference, what="the model and the padded one")
-        found["relative_difference"] = difference.relative_difference
-
-    publish_model(write, padded_config(source.config, uniform), source.save_companions, final, dtype, verify, replace=final.exists())
-    return found
+    return save_padded(open_source(model), final)
 
 
 def report(out: str | Path) -> dict[str, Any]:
@@ -380,5 +356,6 @@ def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> d
     if "train" in found:
         values["loss"] |= found["train"]["loss"]
         values["epochs"] = found["train"]["epochs"]
+        values |= {key: found["train"][key] for key in ("padded",) if key in found["train"]}
     measured = found.get("evaluate", {})
     return values | {key: measured[key] for key in ("speed", "speed_dtype", "speed_device", "speed_error") if key in measured}

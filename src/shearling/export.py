@@ -24,7 +24,9 @@ from shearling.io.files import (
 )
 from shearling.io.loading import NOT_OURS, load_stock
 from shearling.io.tensors import ShardWriter
-from shearling.prune.verify import difference_of, logits_of, require_equal
+from shearling.prune.pad import pad_to_uniform, padded_config, padding_cost
+from shearling.prune.verify import ROUNDING, TOLERANCE_FLOAT64, difference_of, logits_of, require_equal
+from shearling.sources import Source
 
 if TYPE_CHECKING:
     import torch
@@ -142,6 +144,38 @@ def save_weights(
         compare_logits(expected_BTV, found, dtype)
 
     return publish_model(write, config, companions, final, dtype, verify, replace)
+
+
+def save_padded(source: Source, final: Path) -> dict[str, float]:
+    """Publish a model whose blocks differ as a stock checkpoint that computes the same: every block as large as the largest.
+
+    Replaces what is at `final`. The weights keep their dtype; logits are compared in fp32 and, where rounding may be seen, in fp64.
+
+    Returns:
+        `before` and `after`: parameters; `ratio`: what that costs; `relative_difference`: of the logits.
+    """
+    import torch
+
+    reader = source.reader()
+    uniform, tensors = pad_to_uniform(source.anatomy, reader)
+    ids_BT = torch.arange(64).reshape(2, 32) % source.anatomy.sizes["vocab"]
+    original, dtype = source.load_model(), reader.get(next(iter(source.anatomy.tensors()))).dtype
+    expected_BTV, found = logits_of(original, ids_BT), padding_cost(source.anatomy)
+
+    def write(writer: ShardWriter) -> None:
+        for name, tensor in tensors:
+            writer.add(name, tensor)
+
+    def verify(padded: PreTrainedModel) -> None:
+        difference, tolerance = difference_of(expected_BTV, logits_of(padded.float(), ids_BT)), TOLERANCE["float32"]
+        if tolerance < difference.relative_difference <= ROUNDING:
+            difference = difference_of(logits_of(original.double(), ids_BT), logits_of(padded.double(), ids_BT))
+            tolerance = TOLERANCE_FLOAT64
+        require_equal(difference, tolerance, "the model and the padded one")
+        found["relative_difference"] = difference.relative_difference
+
+    publish_model(write, padded_config(source.config, uniform), source.save_companions, final, dtype, verify, replace=final.exists())
+    return found
 
 
 def compare_logits(expected: Tensor, found: Tensor, dtype: torch.dtype) -> float:

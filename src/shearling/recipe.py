@@ -86,6 +86,8 @@ class ExportConfig(Config):
 
     dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
     """Type of the weights of `model/`; source: as the source's config says."""
+    pad_to_uniform: bool = False
+    """Where blocks differ in size, write `padded/`, too: a stock checkpoint of the same function, padded with zeros."""
 
 
 class Recipe(Config):

@@ -24,16 +24,14 @@ from shearling.data.tokens import TokenSet, open_tokens
 from shearling.errors import ArtifactError, ConfigError, Problem, Stopped
 from shearling.evaluate.loss import heldout_losses
 from shearling.evaluate.speed import measure_speed
-from shearling.export import save_weights
+from shearling.export import save_padded, save_weights
 from shearling.io.files import read_json
 from shearling.io.loading import load_stock
 from shearling.objectives.lm import token_losses
-from shearling.prune.verify import (
-    logits_of,
-)
+from shearling.prune.verify import logits_of
 from shearling.recipe import Recipe
 from shearling.show import Show
-from shearling.sources import Source
+from shearling.sources import Source, open_source
 from shearling.train.config import FitConfig, LoraConfig
 from shearling.train.loop import Losses, Progress, Surroundings, fit
 from shearling.train.lora import add_adapters, merge
@@ -174,6 +172,7 @@ def train(context: Context, pruned: Mapping[str, Any], source_result: Mapping[st
         save_weights(weights, expected, ids, values, companions, final, _export_dtype(context), replace=final.exists())
 
     context.world.rank0_decides(publish)
+    padded = context.world.rank0_decides(lambda: _pad(context)) if context.recipe.export.pad_to_uniform else None
     epochs = around.loader.epochs(progress.cursors)
     return {
         "loss": {"final": progress.heldout},
@@ -181,7 +180,19 @@ def train(context: Context, pruned: Mapping[str, Any], source_result: Mapping[st
         "steps": progress.step,
         "epochs": dict(zip(context.tokens.domains, epochs.round(3).tolist(), strict=True)),
         "training_seconds": round(progress.seconds, 3),
+        **({"padded": padded} if padded else {}),
     }
+
+
+def _pad(context: Context) -> dict[str, float] | None:
+    """Write `padded/` and what it costs; None, and a note, where `model/` is a stock checkpoint already."""
+    model = open_source(str(context.path / "model"))
+    if not model.anatomy.blocks:
+        context.show.note("all blocks are alike, so model/ is a stock checkpoint already: nothing to pad")
+        return None
+    found = save_padded(model, context.path / "padded")
+    context.show.note(f"padded/ has {found['after']:,} parameters, {found['ratio']:.2f} times those of model/")
+    return found
 
 
 def measure_result(context: Context) -> dict[str, Any]:
