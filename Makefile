@@ -39,7 +39,7 @@ quickstart: $(VENV)/smollm2  ## shear SmolLM2-135M to half its size on this mach
 	$(BIN)/shearling run recipes/quickstart.yaml --out $(OUT)/run --set source=$(GGUF) --set data.root=$(abspath $(OUT))/text
 
 bench-quality: $(VENV)/smollm2 ## compare with one-shot cuts at equal tokens, on TEXT (corpus/ and heldout/)
-	$(BIN)/python benchmarks/quality.py --source $(GGUF) --text $(TEXT) --out $(OUT)/quality
+	$(BIN)/python benchmarks/methods.py --shares recipe --methods sheared-llama,taylor,random --variants plain --source $(GGUF) --text $(TEXT) --out $(OUT)/quality
 
 bench-methods: $(VENV)/smollm2 ## every method at 80 % and 50 % of the parameters, plain and compensated, on TEXT; goes on where it stopped
 	$(BIN)/python benchmarks/methods.py --source $(GGUF) --text $(TEXT) --out $(OUT)/methods

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,29 @@ def good_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def source(good_source: Path, tmp_path: Path) -> Path:
     """A copy of it, of this test alone."""
     return Path(shutil.copytree(good_source, tmp_path / "source"))
+
+
+@pytest.fixture(scope="session")
+def domains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two domains of text, of all tests that ask for them: only to be read."""
+    from runs import write_text
+
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+@pytest.fixture(scope="module")
+def sources(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Family -> a tiny source of it on disk, of the sizes that the test's module has in SOURCES; made once, and only to be read."""
+    from models import save_tiny_source
+
+    root = tmp_path_factory.mktemp("sources")
+
+    def get(family: str) -> Path:
+        if not (root / family).exists():
+            save_tiny_source(root / family, family, **request.module.SOURCES[family])
+        return root / family
+
+    return get
 
 
 def pytest_configure() -> None:

@@ -59,6 +59,19 @@ def tiny_model(family: str, *, seed: int = 0, **sizes: Any) -> Any:
     return model.eval()
 
 
+def hooks(model: Any) -> int:
+    """How many hooks there are on a model's modules, and on its weights' gradients."""
+    found = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+    return found + sum(len(weight._post_accumulate_grad_hooks or ()) for weight in model.parameters())
+
+
+def parameters_of(values: dict[str, Any]) -> int:
+    """Of the real model of a config's plain values, stock or with blocks that differ, which must load."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def tiny_tokenizer(vocab: int = 96) -> PreTrainedTokenizerFast:
     """A word-level tokenizer of exactly `vocab` words: `<s>`, `</s>`, `<unk>`, then `w3`, `w4`, ... split at whitespace."""
     words = {word: index for index, word in enumerate(["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(3, vocab))])}

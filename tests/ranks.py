@@ -17,6 +17,38 @@ from runs import _FORKSERVER, _command
 Moment = tuple[str, Any]
 
 
+def launch(size: int, work: Callable[..., None], *arguments: Any) -> list[Any]:
+    """So many processes, begun, that each do `work(rank, *arguments)` on one thread, where a launcher would have put them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [_FORKSERVER.Process(target=_placed, args=(rank, size, port, work, arguments)) for rank in range(size)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def codes(processes: Sequence[Any], seconds: float = 120, tell: Callable[[], str] = str) -> list[int]:
+    """Exit codes of all; an assertion, with what `tell` says, where one is at it still after `seconds`."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in late:
+        processes[rank].kill()
+    assert not late, f"ranks {late} are at it still\n{tell()}"
+    return [int(process.exitcode) for process in processes]
+
+
+def _placed(rank: int, size: int, port: int, work: Callable[..., None], arguments: Sequence[Any]) -> None:
+    import torch
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    work(rank, *arguments)
+
+
 class Ranks:
     """`size` processes of one run of the command line; the output of each is in FOLDER/rank-N.txt.
 
@@ -34,30 +66,14 @@ class Ranks:
     ) -> None:
         self.folder, self.size = folder, size
         folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.processes = []
-        for rank in range(size):
-            moment, number = (moments or {}).get(rank, (None, 0))
-            args = (rank, size, port, list(arguments), str(self.output(rank)), moment, number, inject)
-            self.processes.append(_FORKSERVER.Process(target=_rank, args=args))
-        for process in self.processes:
-            process.start()
+        self.processes = launch(size, _rank, list(arguments), [str(self.output(rank)) for rank in range(size)], moments or {}, inject)
 
     def output(self, rank: int) -> Path:
         return self.folder / f"rank-{rank}.txt"
 
     def codes(self, seconds: float = 120) -> list[int]:
         """Exit codes of all; an assertion where one is at it still after `seconds`."""
-        end = time.monotonic() + seconds
-        for process in self.processes:
-            process.join(max(0.0, end - time.monotonic()))
-        late = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
-        for rank in late:
-            self.processes[rank].kill()
-        assert not late, f"ranks {late} are at it still\n{self.text()}"
-        return [int(process.exitcode) for process in self.processes]  # type: ignore[arg-type]
+        return codes(self.processes, seconds, self.text)
 
     def text(self) -> str:
         return "\n".join(f"--- rank {rank}\n{self.output(rank).read_text()}" for rank in range(self.size) if self.output(rank).exists())
@@ -66,16 +82,13 @@ class Ranks:
         os.kill(int(self.processes[rank].pid), number)  # type: ignore[arg-type]
 
 
-def _rank(
-    rank: int, size: int, port: int, arguments: list[str], output: str, moment: Moment | None, number: int, inject: str | None
-) -> None:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+def _rank(rank: int, arguments: list[str], outputs: list[str], moments: Mapping[int, tuple[Moment, int]], inject: str | None) -> None:
     if inject is not None:
         module, _, name = inject.partition(":")
         prepare: Callable[[int], None] = getattr(importlib.import_module(module), name)
         prepare(rank)
-    _command(arguments, output, moment, number or signal.SIGTERM, None)
+    moment, number = moments.get(rank, (None, signal.SIGTERM))
+    _command(arguments, outputs[rank], moment, number, None)
 
 
 @contextlib.contextmanager

@@ -69,10 +69,27 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+def unfinished(out: Path, *stages: str) -> Path:
+    """The run without the ledger's entries of these stages."""
+    for stage in stages:
+        (out / "stages" / f"{stage}.json").unlink()
+    return out
+
+
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's log without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in lines]
+
+
+class Notes(Silent):
+    """Keeps what the user should read."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 class SignalAt(Silent):

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import save_tiny_source, tiny_tokenizer
-from runs import command, contents, recipe_values, write_text
+from runs import command, contents, recipe_values
 from shearling import cli
 from shearling.io.files import RunLock
 from shearling.train import loop
@@ -22,11 +22,9 @@ FINAL = ("data", "pruned", "model", "plan.json", "report.json", "report.html", "
 
 
 @pytest.fixture(scope="module")
-def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def good(good_source: Path, domains: dict[str, str]) -> dict[str, Any]:
     """Plain values of a recipe with nothing wrong."""
-    root = tmp_path_factory.mktemp("good")
-    save_tiny_source(root / "source", "llama")
-    return recipe_values(root / "source", write_text(root))
+    return recipe_values(good_source, domains)
 
 
 class Command:

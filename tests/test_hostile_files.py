@@ -20,6 +20,7 @@ import pytest
 import torch
 
 import shearling
+from faults import Bomb
 from shearling.config import override, parse
 from shearling.data.config import DataConfig
 from shearling.data.origins import find_origins, survey
@@ -36,16 +37,6 @@ from shearling.train import checkpoint
 FIXTURES = Path(__file__).parent / "fixtures"
 STEP = 4
 """Of the checkpoint among the fixtures."""
-
-
-class Bomb:
-    """Makes a directory when unpickled."""
-
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.sentinel),)
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import shearling
 from faults import in_child_killed_at
-from models import CHAT_TEMPLATE, FAMILIES, save_tiny_source
-from runs import DOMAINS, TARGET, SignalAt, command, contents, metrics, recipe_values, write_text
+from models import CHAT_TEMPLATE, FAMILIES
+from runs import DOMAINS, TARGET, Notes, SignalAt, command, contents, metrics, recipe_values, unfinished
 from shearling.errors import ConfigError, NumericsError, OutputError, Stopped
 from shearling.prune.methods import METHODS
 from shearling.recipe import load_recipe
@@ -39,29 +39,12 @@ TARGETS: dict[str, dict[str, int]] = {
 }
 
 
-@pytest.fixture(scope="session")
-def domains(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return write_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="session")
-def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    root = tmp_path_factory.mktemp("pipeline-sources")
-
-    def get(family: str) -> Path:
-        if not (root / family).exists():
-            save_tiny_source(root / family, family, **SOURCES[family])
-        return root / family
-
-    return get
-
-
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def values(sources: Callable[[str], Path], domains: dict[str, str]) -> dict[str, Any]:
     return recipe_values(sources("llama"), domains, mixture={"update": "unclipped"})
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def finished(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing interrupted."""
     out = tmp_path_factory.mktemp("finished") / "run"
@@ -281,9 +264,7 @@ def test_what_rounding_may_explain_is_looked_at_in_fp64(
     """Published where fp64 shows no difference, with both numbers in the report; refused where it shows a small one."""
     stages = importlib.import_module("shearling.pruning")
     monkeypatch.setattr(stages, "TOLERANCE", 0.0)
-    out = shutil.copytree(finished, tmp_path / "good")
-    for name in ("prune", "train", "evaluate"):
-        (out / "stages" / f"{name}.json").unlink()
+    out = unfinished(shutil.copytree(finished, tmp_path / "good"), "prune", "train", "evaluate")
     report = shearling.run(values, out)
     assert 0 < report["verify"]["relative_difference"] < 1e-5 and report["verify"]["relative_difference_float64"] < 1e-11
     assert "all of it rounding" in (out / "report.html").read_text()
@@ -295,9 +276,7 @@ def test_what_rounding_may_explain_is_looked_at_in_fp64(
 
     transform = stages.transform
     monkeypatch.setattr(stages, "transform", bent)
-    out = shutil.copytree(finished, tmp_path / "bent")
-    for name in ("prune", "train", "evaluate"):
-        (out / "stages" / f"{name}.json").unlink()
+    out = unfinished(shutil.copytree(finished, tmp_path / "bent"), "prune", "train", "evaluate")
     with pytest.raises(NumericsError, match=r"in fp64.*layers\.1\.mlp\.up_proj\.weight"):
         shearling.run(values, out)
 
@@ -380,13 +359,3 @@ def test_a_speed_that_cannot_be_measured_ends_no_run(finished: Path, values: dic
     assert "ZeroDivisionError" in report["speed_error"] and "speed" not in report
     assert sum("speed could not be measured" in note for note in told.notes) == 1
     same_result(out, finished)
-
-
-class Notes(Silent):
-    """Keeps what the user should read."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)

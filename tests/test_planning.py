@@ -15,8 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shearling
-from models import save_tiny_source
-from runs import Silent, contents, recipe_values, write_text
+from runs import Notes, contents, recipe_values, unfinished
 from shearling import planning
 from shearling.arch.families import FAMILIES, Anatomy
 from shearling.errors import ArtifactError, ConfigError, StorageError
@@ -45,19 +44,9 @@ SOURCE = Source("owner/model", {"dtype": "bfloat16"}, TINY, Path)
 BOTH = ("prune", "train")
 
 
-class Notes(Silent):
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
 @pytest.fixture(scope="module")
-def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("given")
-    save_tiny_source(root / "source", "llama")
-    return recipe_values(root / "source", write_text(root), runtime={"save_every": 4})
+def values(good_source: Path, domains: dict[str, str]) -> dict[str, Any]:
+    return recipe_values(good_source, domains, runtime={"save_every": 4})
 
 
 @pytest.fixture(scope="module")
@@ -80,13 +69,6 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("shearling.sources.Source.load_model", load)
     monkeypatch.setattr("shearling.stages.load_stock", load)
-
-
-def unfinished(out: Path, *stages: str) -> Path:
-    """The run without the ledger's entries of these stages."""
-    for stage in stages:
-        (out / "stages" / f"{stage}.json").unlink()
-    return out
 
 
 # Memory

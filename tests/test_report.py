@@ -19,7 +19,7 @@ from rich.console import Console
 
 import shearling
 from models import save_tiny_source
-from runs import Silent, recipe_values, write_text
+from runs import Notes, recipe_values, write_text
 from shearling import pictures
 from shearling.errors import ArtifactError, StorageError
 from shearling.report import summary_table, write_report
@@ -369,21 +369,18 @@ def test_summary_table() -> None:
 def test_a_page_that_cannot_be_drawn_ends_no_run(error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told and recorded, and mended by the next run; whoever asks for the page itself gets the error."""
 
-    class Notes(Silent):
-        def note(self, text: str) -> None:
-            notes.append(text)
-
     def fail(run: Path) -> None:
         raise error
 
-    notes: list[str] = []
+    told = Notes()
     save_tiny_source(tmp_path / "source", "llama")
     values, out = recipe_values(tmp_path / "source", write_text(tmp_path, 30)), tmp_path / "run"
     with monkeypatch.context() as patched:
         patched.setattr(sys.modules["shearling.report"], "write_report", fail)
-        report = shearling.prepare(values, out, show=Notes())
+        report = shearling.prepare(values, out, show=told)
         assert report == json.loads((out / "report.json").read_text()) and set(report["data"]["domains"]) == {"a", "b"}
-        assert report["report_error"] == f"{type(error).__name__}: {error}" and str(error) in notes[-1] and "shearling report" in notes[-1]
+        assert report["report_error"] == f"{type(error).__name__}: {error}"
+        assert str(error) in told.notes[-1] and "shearling report" in told.notes[-1]
         with pytest.raises(type(error), match=str(error)):
             shearling.report(out)
     assert "report_error" not in shearling.prepare(values, out)

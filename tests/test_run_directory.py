@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import shearling
 from faults import in_child_killed_at
-from models import save_tiny_source
-from runs import WHOLE_VALUES, Silent, contents, recipe_values, write_text
+from runs import WHOLE_VALUES, Silent, contents, recipe_values
 from shearling import cli
 from shearling.errors import ArtifactError, ConfigError, OutputError, ShapeError, StorageError
 from shearling.io.files import RunLock
@@ -47,10 +46,8 @@ def kept(out: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    root = tmp_path_factory.mktemp("given")
-    save_tiny_source(root / "source", "llama")
-    return recipe_values(root / "source", write_text(root))
+def values(good_source: Path, domains: dict[str, str]) -> dict[str, Any]:
+    return recipe_values(good_source, domains)
 
 
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:

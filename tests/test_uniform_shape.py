@@ -7,15 +7,12 @@ from math import log
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from models import FAMILIES, tiny_config
+from models import FAMILIES, parameters_of, tiny_config
 from shearling.arch.families import Anatomy, anatomy_of
 from shearling.errors import ConfigError, ShapeError
-from shearling.modeling_sheared import ShearedConfig, ShearedForCausalLM
 from shearling.prune.methods import choose
 from shearling.recipe import PruneConfig
 from shearling.shapes import (
@@ -52,14 +49,6 @@ def config_of(variant: str) -> dict[str, Any]:
 
 def source_of(variant: str) -> Anatomy:
     return anatomy_of(config_of(variant))
-
-
-def parameters_of(config: dict[str, Any]) -> int:
-    """Of the real model of this config, which must load."""
-    with torch.device("meta"):
-        sheared = config["model_type"] == "sheared"
-        model = ShearedForCausalLM(ShearedConfig(**config)) if sheared else AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 subsets = st.sets(st.sampled_from(PRUNABLE), min_size=1).map(lambda chosen: tuple(axis for axis in PRUNABLE if axis in chosen))

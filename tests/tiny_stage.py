@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models import tiny_config, tiny_model
+from runs import metrics
 from shearling.arch.families import anatomy_of
 from shearling.data import mixture
 from shearling.data.loader import Batch, Loader
@@ -179,12 +180,6 @@ class AskedToStop(World):
         self.number = int(signal.SIGTERM)
 
 
-def log_of(run: Path) -> list[dict[str, Any]]:
-    """The lines of a run's log without what depends on the clock."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in lines]
-
-
 def saved(folder: Path, step: int | None = None) -> dict[str, Any]:
     """A checkpoint (the newest, if no step is given) without what depends on the clock; equal means bitwise equal."""
     found = checkpoint.load(folder, step)
@@ -199,7 +194,7 @@ def saved(folder: Path, step: int | None = None) -> dict[str, Any]:
 def result_of(stage: Stage, run: Path) -> dict[str, Any]:
     """All that a finished stage leaves behind that hangs on what it computed."""
     assert not list(run.rglob(".tmp-*")) and not list(run.rglob(".aside-*"))
-    return {"saved": saved(stage.checkpoints(run)), "log": log_of(run)}
+    return {"saved": saved(stage.checkpoints(run)), "log": metrics(run)}
 
 
 @cache
@@ -233,7 +228,7 @@ def main(folder: Path) -> None:
     losses = {}
     for kind in KINDS:
         Stage(kind, layers=2, steps=GOLDEN_STEPS, microbatches=3, learning_rate=2e-3).fit(folder / kind)
-        losses[kind] = [line["loss"] for line in log_of(folder / kind) if line["step"]]
+        losses[kind] = [line["loss"] for line in metrics(folder / kind) if line["step"]]
     (folder / "losses.json").write_text(json.dumps(losses, indent=1) + "\n")
 
 

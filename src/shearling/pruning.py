@@ -54,11 +54,11 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
     around = surroundings(context, "prune", config, source_result["loss"])
     progress = Progress(shares, around.loader.start(), heldout=dict(source_result["loss"]))
     begun = context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints)))
-    calibration = _Calibration(context, anatomy, choice, model, around, shares)
+    calibration = _Calibration(context, choice, model, around, shares)
     rotation_error = _rotate(context, model, calibration) if config.rotate != "no" and choice.specs else None
     with Attachment(model, anatomy) as attachment:
         make = _learner if choice.method.learns and config.steps else _stager
-        pruner = make(context, anatomy, choice, model, attachment, calibration, begun)
+        pruner = make(context, choice, model, attachment, calibration, begun)
         if choice.specs:
             model.train()
             progress = fit(model, config, around, progress, pruner)
@@ -111,11 +111,8 @@ _APART = 2**31 - 1
 class _Calibration:
     """Training sequences to measure on, in batches of two, and the scores of every unit on them."""
 
-    def __init__(
-        self, context: Context, anatomy: Anatomy, choice: Choice, model: nn.Module, around: Surroundings, shares: np.ndarray
-    ) -> None:
-        self._context, self._anatomy, self._choice, self._model = context, anatomy, choice, model
-        self._around, self._shares = around, shares
+    def __init__(self, context: Context, choice: Choice, model: nn.Module, around: Surroundings, shares: np.ndarray) -> None:
+        self._context, self._choice, self._model, self._around, self._shares = context, choice, model, around, shares
         self.measurements = 0
         """How often scores were measured on sequences, over all tries of this stage."""
         self._others = 0
@@ -156,7 +153,7 @@ class _Calibration:
             return scores.compute(
                 choice.scores,
                 self._model,
-                self._anatomy,
+                choice.source,
                 specs,
                 context.objective,
                 batches,
@@ -168,7 +165,7 @@ class _Calibration:
 
 
 def _learner(
-    context: Context, anatomy: Anatomy, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
+    context: Context, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
 ) -> GateLearner:
     config, seed = context.recipe.prune, context.recipe.seed
     gates = Gates(choice.specs).to(context.device)
@@ -179,9 +176,9 @@ def _learner(
 
 
 def _stager(
-    context: Context, anatomy: Anatomy, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
+    context: Context, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
 ) -> StagedPruner:
-    config, source, rule = context.recipe.prune, anatomy, choice.allocation
+    config, source, rule = context.recipe.prune, choice.source, choice.allocation
     full = source.parameters()
 
     def cut(masks: Masks, found: Scores, share: float, state_L: Tensor) -> tuple[Masks, bool]:

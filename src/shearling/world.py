@@ -28,7 +28,7 @@ from shearling.board import lost, opened, peer_errors, sealed, session_name, tol
 from shearling.errors import ConfigError, PeerError, Problem, ShearlingError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 T = TypeVar("T")
 _BEAT_SECONDS = 2.0
@@ -310,6 +310,28 @@ def launched_rank() -> int:
 def restarted() -> bool:
     """Whether torchrun started this process in the place of one that failed."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The rows of a tensor that lie on this process; all of them where it is not sharded. No copy."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All rows of a tensor, no copy where it is not sharded; else a collective."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Free gathered weights, and put the sharded ones back into the modules: after forward passes without a backward pass, before the
+    parameters are looked at; and after they were written to."""
+    for module in model.modules():
+        if hasattr(module, "reshard"):
+            module.reshard()  # type: ignore[operator]
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Exception | None]:

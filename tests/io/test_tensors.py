@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from faults import Bomb
 from models import FAMILIES, tiny_config, tiny_model
 from shearling.arch.families import anatomy_of
 from shearling.errors import ArtifactError, ShearlingError, StorageError
@@ -228,16 +229,6 @@ def test_every_problem_at_once(tmp_path: Path) -> None:
         ("model.stranger", "an unknown tensor"),
         (embedding, "dtype I8"),
     }
-
-
-class Bomb:
-    """Runs code when unpickled."""
-
-    def __init__(self, sentinel: Path) -> None:
-        self.sentinel = sentinel
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.sentinel),)
 
 
 def test_pickled_weights_are_never_opened(tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from shearling.arch.families import Anatomy
 from shearling.errors import ShapeError
-from shearling.prune.allocate import Masks, adapted, all_open, centred, left, steadied, to_shape, unit_specs
+from shearling.prune.allocate import Masks, adapted, all_open, centred, left, steadied, to_shape
 from shearling.prune.config import AllocationConfig
-from shearling.prune.gates import GateSpec, gate_specs
+from shearling.prune.gates import GateSpec, gate_specs, unit_specs
 from shearling.shapes import PRUNABLE
 from test_allocate import HEADS_AND_NEURONS, drawn, levels, rule, seeds, source_of, subsets
+from tiny_gates import same
 
 
 def kept(values: Tensor, number: int) -> Tensor:
@@ -31,10 +32,6 @@ def kept(values: Tensor, number: int) -> Tensor:
 
 def zeros() -> Tensor:
     return torch.zeros(4, dtype=torch.float64)
-
-
-def same(found: Masks, expected: Masks) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[axis], expected[axis]) for axis in found)
 
 
 def trail(source: Anatomy, axes: Any, scores: dict[str, Tensor], budget: int, how: AllocationConfig) -> list[tuple[Masks, Tensor]]:

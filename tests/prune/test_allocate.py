@@ -11,14 +11,13 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from models import FAMILIES, tiny_config
+from models import FAMILIES, parameters_of, tiny_config
 from shearling.arch.families import Anatomy, anatomy_of
 from shearling.errors import ShapeError
-from shearling.modeling_sheared import ShearedConfig, ShearedForCausalLM
-from shearling.prune.allocate import Masks, all_open, check_budget, left, ranked, unit_specs
+from shearling.prune.allocate import Masks, all_open, check_budget, left, ranked
 from shearling.prune.config import AllocationConfig
+from shearling.prune.gates import unit_specs
 from shearling.shapes import PRUNABLE, target_config
 
 SIZES = {"layers": 4, "hidden": 24, "heads": 6, "groups": 3, "head_dim": 4, "neurons": 20, "vocab": 32}
@@ -155,9 +154,7 @@ def count(config: dict[str, Any], kept: dict[str, list[set[int]]]) -> int:
     """Parameters of a real model of these sizes."""
     groups, neurons = ([len(block) for block in kept[axis]] for axis in HEADS_AND_NEURONS)
     sizes = {"num_attention_heads": [2 * number for number in groups], "num_key_value_heads": groups, "intermediate_size": neurons}
-    with torch.device("meta"):
-        model = ShearedForCausalLM(ShearedConfig(config["model_type"], **{**config, **sizes}))
-    return sum(parameter.numel() for parameter in model.parameters())
+    return parameters_of({**config, **sizes, "base_model_type": config["model_type"], "model_type": "sheared"})
 
 
 @pytest.mark.parametrize("number", [4, 2**20], ids=["ties", "none alike"])
@@ -288,9 +285,7 @@ def test_blocks_stay_alike(family: str, axes: list[str], share: float, seed: int
     for (axis, _, open_), row in zip(vectors(found), (row for v in scores.values() for row in v.reshape(-1, v.shape[-1])), strict=True):
         assert open_.sum() >= 1 and (open_.all() or row[open_ == 0].max() < row[open_ > 0].min()), axis
     layers = found["layer"].nonzero().flatten().tolist() if "layer" in found else list(range(4))
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**target_config(config_of(family), source, anatomy, layers)))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = parameters_of(target_config(config_of(family), source, anatomy, layers))
     assert parameters == anatomy.parameters() <= budget
     if "neuron" in axes and not found["neuron"][layers].all():  # neurons that went can come back, one of each block at once
         assert budget - parameters < 3 * anatomy.sizes["hidden"] * anatomy.sizes["layer"]

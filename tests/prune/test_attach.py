@@ -9,12 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from transformers import AutoModelForCausalLM
 
-from models import FAMILIES, tiny_config, tiny_model
+from models import FAMILIES, hooks, tiny_config, tiny_model
 from shearling.arch.families import anatomy_of
 from shearling.objectives.lm import token_losses
 from shearling.prune.attach import Attachment
-from shearling.prune.gates import GateSpec, gate_specs
 from test_masked_equals_cut import wholly_double
+from tiny_gates import specs_of
 
 IDS = torch.randint(0, 96, (2, 11), generator=torch.Generator().manual_seed(1))
 
@@ -23,18 +23,10 @@ def anatomy(family: str, **sizes: Any) -> Any:
     return anatomy_of(tiny_config(family, **sizes).to_dict())
 
 
-def every_spec(family: str) -> dict[str, GateSpec]:
-    source = anatomy(family)
-    return gate_specs(source, source.with_sizes(layer=1, hidden=24, group=2, query=1, neuron=20))
-
-
 def fractional(family: str, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {axis: 0.2 + 0.7 * torch.rand(spec.shape, generator=generator, dtype=torch.float64) for axis, spec in every_spec(family).items()}
-
-
-def hooks(model: torch.nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+    specs = specs_of(family)[1]
+    return {axis: 0.2 + 0.7 * torch.rand(spec.shape, generator=generator, dtype=torch.float64) for axis, spec in specs.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -43,7 +35,7 @@ def test_open_gates_change_nothing(family: str) -> None:
     expected = model(IDS).logits
     with Attachment(model, anatomy(family)) as gates:
         assert torch.equal(model(IDS).logits, expected)
-        gates.set({axis: torch.ones(spec.shape) for axis, spec in every_spec(family).items()})
+        gates.set({axis: torch.ones(spec.shape) for axis, spec in specs_of(family)[1].items()})
         assert torch.equal(model(IDS).logits, expected)
         gates.set({axis: value.float() for axis, value in fractional(family).items()})
         assert not torch.allclose(model(IDS).logits, expected)
@@ -72,7 +64,7 @@ def test_removing_restores_the_model(family: str) -> None:
 
 @pytest.mark.parametrize("axis", ["layer", "hidden", "group", "query", "neuron"])
 def test_an_axis_left_out_is_open(axis: str) -> None:
-    model, specs = tiny_model("qwen3"), every_spec("qwen3")
+    model, specs = tiny_model("qwen3"), specs_of("qwen3")[1]
     value = fractional("qwen3")[axis].float()
     with Attachment(model, anatomy("qwen3")) as gates:
         gates.set({axis: value})
@@ -113,7 +105,7 @@ def test_a_closed_layer_passes_the_stream_on() -> None:
 
 def test_no_shape_and_no_branch_depends_on_the_gates() -> None:
     """Under fake tensors, which have no values, whatever reads one raises; so nothing waits for the device."""
-    specs = every_spec("qwen3")
+    specs = specs_of("qwen3")[1]
     with FakeTensorMode():
         model = AutoModelForCausalLM.from_config(tiny_config("qwen3"))
         masks = {axis: torch.rand(spec.shape, requires_grad=True) for axis, spec in specs.items()}
@@ -162,7 +154,7 @@ def test_the_gradient_on_every_gate_matches_finite_differences(family: str) -> N
 def test_a_closed_gate_still_has_a_gradient() -> None:
     """So that a head, neuron or layer that was closed by chance can come back."""
     model = tiny_model("llama").requires_grad_(False)
-    masks = {axis: torch.ones(spec.shape) for axis, spec in every_spec("llama").items()}
+    masks = {axis: torch.ones(spec.shape) for axis, spec in specs_of("llama")[1].items()}
     for mask in masks.values():
         mask[..., 0] = 0
         mask.requires_grad_()

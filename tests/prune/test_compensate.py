@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from models import FAMILIES, tiny_config, tiny_model
+from models import FAMILIES, hooks, tiny_config, tiny_model
 from shearling.arch.families import Anatomy, anatomy_of
 from shearling.errors import NumericsError
+from shearling.io.tensors import MemoryReader
 from shearling.prune.attach import Attachment
 from shearling.prune.compensate import Aim, _best_penalty, compensate
 from shearling.prune.gates import Gates, gate_specs
@@ -33,9 +34,7 @@ Masks = dict[str, Tensor]
 
 def source(family: str, **sizes: Any) -> tuple[Any, Anatomy]:
     """A tiny model in fp64, norms included, and its anatomy."""
-    model = tiny_model(family, **sizes).double()
-    wholly_double(model)
-    return model, anatomy_of(tiny_config(family, **sizes).to_dict())
+    return wholly_double(tiny_model(family, **sizes).double()), anatomy_of(tiny_config(family, **sizes).to_dict())
 
 
 def some_masks(anatomy: Anatomy, sizes: dict[str, int], seed: int = 0) -> Masks:
@@ -52,8 +51,7 @@ def with_weights(model: Any, weights: dict[str, Tensor]) -> Any:
     other = copy.deepcopy(model)
     _, unexpected = other.load_state_dict(weights, strict=False)
     assert not unexpected
-    wholly_double(other)
-    return other
+    return wholly_double(other)
 
 
 def gated(model: Any, anatomy: Anatomy, masks: Masks, batches: list[Tensor] = BATCHES) -> Tensor:
@@ -206,13 +204,8 @@ def test_gated_equals_cut_with_the_new_weights(family: str) -> None:
     other = with_weights(model, compensate(model, anatomy, masks, BATCHES))
     plan = plan_from_masks(anatomy, target, masks)
 
-    class Reader:
-        def get(self, name: str) -> Tensor:
-            return other.get_parameter(name)
-
-    state = dict(transform(plan, anatomy, target, Reader()))
-    cut = model_of(state, target_config(model.config.to_dict(), anatomy, target, plan.layers), torch.float64)
-    wholly_double(cut)
+    state = dict(transform(plan, anatomy, target, MemoryReader(other.state_dict())))
+    cut = wholly_double(model_of(state, target_config(model.config.to_dict(), anatomy, target, plan.layers), torch.float64))
     masks = {axis: mask.double() for axis, mask in masks.items()}
     assert compare_logits(cut, masked_logits(other, anatomy, masks, BATCHES[0]), BATCHES[0]).relative_difference < 1e-10
     assert compare_logits(cut, masked_logits(model, anatomy, masks, BATCHES[0]), BATCHES[0]).relative_difference > 1e-3
@@ -322,7 +315,7 @@ def test_the_same_bits_twice_and_the_model_as_it_was(aim: Aim) -> None:
     after = dict(model.named_parameters())
     assert all(after[name] is weight and torch.equal(weight, copied) for name, (weight, copied) in before.items())
     assert model.training and all(weight.requires_grad and weight.grad is None for weight in after.values())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert hooks(model) == 0
 
 
 def test_a_stop_on_the_way_leaves_the_model_as_it_was() -> None:
@@ -337,7 +330,7 @@ def test_a_stop_on_the_way_leaves_the_model_as_it_was() -> None:
     with pytest.raises(KeyboardInterrupt):
         compensate(model, anatomy, masks, BATCHES, stop=stop)
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+    assert hooks(model) == 0
 
 
 def test_inputs_that_are_all_zero_leave_the_weight() -> None:

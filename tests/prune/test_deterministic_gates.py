@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from models import tiny_config, tiny_model
 from shearling.arch.families import anatomy_of
@@ -15,18 +13,14 @@ from shearling.errors import ConfigError
 from shearling.objectives.lm import token_losses
 from shearling.prune.attach import Attachment
 from shearling.prune.config import GateConfig
-from shearling.prune.constraints import lagrangian, project, push_apart
-from shearling.prune.gates import DETERMINISTIC, HARD_CONCRETE, KINDS, LIMIT, Gates, GateSpec, gate_specs, ramp_values
+from shearling.prune.constraints import lagrangian, push_apart
+from shearling.prune.gates import DETERMINISTIC, HARD_CONCRETE, KINDS, LIMIT, Gates, gate_specs, ramp_values
 from shearling.prune.learn import GateLearner
 from shearling.recipe import load_recipe
-from test_learn import LAGRANGIAN, TARGETS, Training, same
+from test_constraints import SPECS
+from tiny_gates import LAGRANGIAN, MULTIPLIED, PROJECTED, TARGETS, Training, same
 
-PROJECTED = GateConfig(kind="deterministic")
-MULTIPLIED = GateConfig(
-    kind="deterministic", constraint="lagrangian", learning_rate=0.2, multiplier_learning_rate=0.2, ramp=0.2, temperature=0.3
-)
 BOTH = pytest.mark.parametrize("config", [PROJECTED, MULTIPLIED], ids=["projected", "lagrangian"])
-SPECS = {"layer": GateSpec("layer", (4,), 2), "neuron": GateSpec("neuron", (3, 10), 6)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -55,21 +49,6 @@ def test_a_gate_counts_as_what_it_is() -> None:
     for settled in (0.0, 0.4, 1.0):
         assert torch.equal(DETERMINISTIC.count(logits, settled), DETERMINISTIC.value(logits))
     assert (HARD_CONCRETE.count(logits, 0.0) - HARD_CONCRETE.value(logits)).abs().max() > 0.3
-
-
-@settings(deadline=None, max_examples=100)
-@given(
-    seed=st.integers(0, 10_000),
-    size=st.integers(1, 60),
-    spread=st.floats(0, 30),
-    share=st.floats(0, 1),
-    temperature=st.floats(0.05, 1),
-)
-def test_projected_gates_sum_to_what_is_wanted(seed: int, size: int, spread: float, share: float, temperature: float) -> None:
-    log_alpha = spread * torch.randn(3, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    found = project(log_alpha, share * size, temperature, 0.0, DETERMINISTIC)
-    torch.testing.assert_close(ramp_values(found).sum(-1), torch.full((3,), share * size, dtype=torch.float64), atol=1e-6, rtol=0)
-    assert (found.gather(-1, log_alpha.argsort(-1)).diff(dim=-1) >= -1e-12).all()
 
 
 def test_the_lagrangian_by_hand() -> None:
@@ -183,45 +162,6 @@ def test_nothing_is_drawn(config: GateConfig) -> None:
     training.learner.settle(3)
     assert same(training.attachment.masks, wanted)
     assert not same(training.drawn(9, 0), wanted)  # only sharper
-
-
-@BOTH
-def test_what_is_saved_goes_on_bitwise(config: GateConfig) -> None:
-    whole, first, second = (Training(config, steps=12) for _ in range(3))
-    for each in (whole, first):
-        each.start()
-    whole.run(1, 12)
-    first.run(1, 7)
-    second.learner.load(first.state())
-    second.run(8, 12)
-    assert same(second.state(), whole.state()) and same(second.gates.hardened(), whole.gates.hardened())
-    assert {name: tensor.shape for name, tensor in whole.state().items()} == {
-        name: tensor.shape for name, tensor in Training(GateConfig(), steps=12).state().items()
-    }  # a checkpoint holds no more than one of hard-concrete gates
-
-
-@pytest.mark.parametrize("config", [PROJECTED.model_copy(update={"learning_rate": 0.3}), MULTIPLIED], ids=["projected", "lagrangian"])
-def test_the_loss_brings_back_what_a_wrong_score_closed(config: GateConfig) -> None:
-    spec, needed = GateSpec("neuron", (2, 16), 8), torch.zeros(2, 16)
-    needed[0, :8] = 1
-    needed[1, 8:] = 1
-    gates, steps = Gates({"neuron": spec}), 300
-
-    class Holder:
-        masks: dict[str, torch.Tensor]
-
-        def set(self, masks: Any) -> None:
-            self.masks = masks
-
-    holder = Holder()
-    learner = GateLearner(gates, holder, config, steps=steps, warmup=10, seed=1)  # type: ignore[arg-type]
-    learner.start_from({"neuron": -needed})
-    assert not (gates.hardened()["neuron"] * needed).any()
-    for step in range(1, steps + 1):
-        learner.draw(step, 0)
-        (-(holder.masks["neuron"] * needed).sum()).backward()
-        learner.update(step)
-    assert torch.equal(gates.hardened()["neuron"], needed)
 
 
 def own_text(model: Any, rows: int, tokens: int) -> torch.Tensor:

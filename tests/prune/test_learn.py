@@ -7,74 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from models import tiny_config, tiny_model
-from shearling.arch.families import anatomy_of
-from shearling.objectives.lm import token_losses
-from shearling.prune.attach import Attachment
 from shearling.prune.config import GateConfig
-from shearling.prune.gates import LIMIT, Gates, GateSpec, gate_specs, gate_values
+from shearling.prune.gates import KINDS, LIMIT, Gates, GateSpec, gate_values
 from shearling.prune.learn import GateLearner
+from tiny_gates import LAGRANGIAN, MULTIPLIED, PROJECTED, TARGETS, Training, same
 
-SOURCE = anatomy_of(tiny_config("llama").to_dict())
-TARGETS = {
-    "all but groups": SOURCE.with_sizes(layer=2, hidden=36, query=1, neuron=24),
-    "groups and neurons": SOURCE.with_sizes(group=2, neuron=7),
-}
 NOISY = GateConfig(noise=1.0, final_noise=0.5)
-LAGRANGIAN = GateConfig(constraint="lagrangian", learning_rate=0.2, multiplier_learning_rate=0.2, noise=1.0, final_noise=1.0, ramp=0.2)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    """Thousands of tiny steps: a second thread that waits for a busy core makes each a hundred times slower."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-class Recorder(Attachment):
-    """An attachment that remembers what was set."""
-
-    masks: dict[str, torch.Tensor]
-
-    def set(self, masks: Any) -> None:
-        self.masks = dict(masks)
-        super().set(masks)
-
-
-class Training:
-    """A learner on a tiny model with frozen weights, and the loss of a step's batch."""
-
-    def __init__(self, config: GateConfig, *, steps: int, target: str = "all but groups", seed: int = 5) -> None:
-        self.model = tiny_model("llama").requires_grad_(False)
-        self.attachment = Recorder(self.model, SOURCE)
-        self.gates = Gates(gate_specs(SOURCE, TARGETS[target]))
-        self.learner = GateLearner(self.gates, self.attachment, config, steps=steps, warmup=steps // 10, seed=seed)
-
-    def start(self) -> None:
-        generator = torch.Generator().manual_seed(9)
-        self.learner.start_from({axis: torch.rand(spec.shape, generator=generator) for axis, spec in self.gates.specs.items()})
-
-    def run(self, first: int, last: int) -> None:
-        for step in range(first, last + 1):
-            generator = torch.Generator().manual_seed(step)
-            for microbatch in range(2):
-                self.learner.draw(step, microbatch)
-                ids = torch.randint(0, 96, (2, 12), generator=generator)
-                (token_losses(self.model, ids).mean() / 2).backward()
-            self.learner.update(step)
-
-    def drawn(self, step: int, microbatch: int) -> dict[str, torch.Tensor]:
-        self.learner.draw(step, microbatch)
-        return {axis: mask.detach().clone() for axis, mask in self.attachment.masks.items()}
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {name: tensor.clone() for name, tensor in self.learner.tensors().items()}
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -136,7 +74,9 @@ def test_the_logged_sizes_follow_the_ramp() -> None:
             assert size["worst"] < 0.01 and size["expected"] == pytest.approx(size["target"], abs=0.01)
 
 
-@pytest.mark.parametrize("config", [GateConfig(), NOISY, LAGRANGIAN], ids=["default", "noisy", "lagrangian"])
+@pytest.mark.parametrize(
+    "config", [GateConfig(), NOISY, LAGRANGIAN, PROJECTED, MULTIPLIED], ids=["default", "noisy", "lagrangian", "ramps", "lagrangian ramps"]
+)
 def test_what_is_saved_goes_on_bitwise(config: GateConfig) -> None:
     whole = Training(config, steps=12)
     whole.start()
@@ -154,6 +94,8 @@ def test_what_is_saved_goes_on_bitwise(config: GateConfig) -> None:
     assert same(second.gates.hardened(), whole.gates.hardened())
     assert not same(saved, whole.state())
     assert all(torch.is_tensor(tensor) and not tensor.requires_grad for tensor in saved.values())
+    default = Training(GateConfig(), steps=12).state()  # of no kind of gates does a checkpoint hold more
+    assert {name: tensor.shape for name, tensor in saved.items()} == {name: tensor.shape for name, tensor in default.items()}
 
 
 def test_noise_follows_from_seed_step_and_microbatch() -> None:
@@ -199,11 +141,13 @@ def test_the_gates_begin_in_the_order_of_the_score() -> None:
         assert mask.gather(-1, best).all() and (mask.sum(-1) == spec.target).all()
 
 
-@pytest.mark.parametrize("config", [GateConfig(learning_rate=0.3), LAGRANGIAN], ids=["projected", "lagrangian"])
-def test_the_loss_decides_what_is_kept(config: GateConfig) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("constraint", ["projected", "lagrangian"])
+def test_the_loss_decides_what_is_kept(constraint: str, kind: str) -> None:
     """Two vectors whose score was wrong: a loss that needs the other half brings the other half."""
-    spec = GateSpec("neuron", (2, 16), 8)
-    gates, needed = Gates({"neuron": spec}), torch.zeros(2, 16)
+    multiplied = LAGRANGIAN if kind == "hard_concrete" else MULTIPLIED
+    config = multiplied if constraint == "lagrangian" else GateConfig(kind=kind, learning_rate=0.3)
+    gates, needed, steps = Gates({"neuron": GateSpec("neuron", (2, 16), 8)}), torch.zeros(2, 16), 300
     needed[0, :8] = 1
     needed[1, 8:] = 1
 
@@ -213,7 +157,7 @@ def test_the_loss_decides_what_is_kept(config: GateConfig) -> None:
         def set(self, masks: Any) -> None:
             self.masks = masks
 
-    holder, steps = Holder(), 300
+    holder = Holder()
     learner = GateLearner(gates, holder, config, steps=steps, warmup=10, seed=1)  # type: ignore[arg-type]
     learner.start_from({"neuron": -needed})
     assert not (gates.hardened()["neuron"] * needed).any()

@@ -21,7 +21,6 @@ from shearling.arch.families import Anatomy, anatomy_of
 from shearling.errors import NumericsError, ShapeError
 from shearling.export import publish_model
 from shearling.io.tensors import MemoryReader, ShardWriter
-from shearling.prune.gates import Gates, gate_specs
 from shearling.prune.plan import PrunePlan, plan_from_masks
 from shearling.prune.transform import transform
 from shearling.prune.verify import (
@@ -36,6 +35,7 @@ from shearling.prune.verify import (
     worst_tensor,
 )
 from shearling.shapes import SIZES, Target, find_problems, shape_of, target_anatomy, target_config
+from tiny_gates import random_masks
 
 FULL = Target(num_hidden_layers=2, hidden_size=36, num_attention_heads=2, num_key_value_heads=2, intermediate_size=24)
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -44,15 +44,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama multi-head": {"family": "llama", "groups": 6},
     "mistral multi-query": {"family": "mistral", "groups": 1},
 }
-
-
-def random_masks(source: Anatomy, target: Anatomy, seed: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    gates = Gates(gate_specs(source, target))
-    with torch.no_grad():
-        for log_alpha in gates.log_alpha.values():
-            log_alpha.copy_(torch.randn(log_alpha.shape, generator=generator))
-    return gates.hardened()
 
 
 def cut_model(model: Any, config: dict[str, Any], source: Anatomy, target: Anatomy, masks: dict[str, torch.Tensor]) -> Any:
@@ -74,8 +65,8 @@ def model_of(state: dict[str, torch.Tensor], values: dict[str, Any], dtype: torc
     return small.eval()
 
 
-def wholly_double(model: Any) -> None:
-    """Let the norms compute in fp64: the stock ones round their input to fp32 whatever the model's dtype, about 1e-7."""
+def wholly_double(model: Any) -> Any:
+    """The model, of which the norms compute in fp64: the stock ones round their input to fp32 whatever its dtype, about 1e-7."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
@@ -83,6 +74,7 @@ def wholly_double(model: Any) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.forward = MethodType(forward, module)
+    return model
 
 
 def difference(variant: dict[str, Any], asked: Target, seed: int, dtype: torch.dtype) -> float:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from models import save_tiny_source
-from runs import recipe_values, write_text
+from models import tiny_config
+from runs import recipe_values
 from shearling.arch.families import anatomy_of
 from shearling.errors import ConfigError
 from shearling.prune.gates import GateSpec, gate_specs
@@ -22,11 +22,9 @@ from shearling.shapes import PRUNABLE, Target, target_anatomy
 DOCS = Path(__file__).parents[2] / "docs" / "methods.md"
 
 
-@pytest.fixture(scope="module")
-def specs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, GateSpec]:
-    path = tmp_path_factory.mktemp("source")
-    save_tiny_source(path, "llama")
-    anatomy = anatomy_of(json.loads((path / "config.json").read_text()))
+@pytest.fixture
+def specs() -> dict[str, GateSpec]:
+    anatomy = anatomy_of(tiny_config("llama").to_dict())
     return gate_specs(anatomy, target_anatomy(anatomy, Target(hidden_size=36, num_hidden_layers=2, intermediate_size=24)))
 
 
@@ -70,11 +68,10 @@ def test_the_listing_has_everything() -> None:
     assert all(f"`{name}`" in documented or f"**{name}**" in documented for name in ("sheared-llama", "shortgpt", "flap", "every-nth"))
 
 
-def test_the_documented_example(tmp_path: Path) -> None:
+def test_the_documented_example(source: Path, domains: dict[str, str], tmp_path: Path) -> None:
     """Word for word, on a recipe of a few seconds; and by the command line, through an entry point."""
-    save_tiny_source(tmp_path / "source", "llama")
     changes = {"prune": {"steps": 0, "gates": {"calibration_sequences": 4}}, "train": {"steps": 2}}
-    values = recipe_values(tmp_path / "source", write_text(tmp_path), target={"num_hidden_layers": 2, "intermediate_size": 24}, **changes)
+    values = recipe_values(source, domains, target={"num_hidden_layers": 2, "intermediate_size": 24}, **changes)
     values["evaluate"]["speed"] = False
     (tmp_path / "recipe.yaml").write_text(json.dumps(values))
     example = re.search(r"<!-- example -->\n```python\n(.*?)```", DOCS.read_text(), re.DOTALL)

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from models import FAMILIES, tiny_config
 from shearling.arch.axes import PER_LAYER, kept_positions, parse_pattern, slice_tensor
@@ -19,7 +18,7 @@ from shearling.io.tensors import MemoryReader
 from shearling.modeling_sheared import ShearedForCausalLM
 from shearling.prune.pad import LARGEST, pad_tensor, pad_to_uniform, padded_config, padding_cost, uniform_anatomy
 from shearling.prune.verify import compare_logits, logits_of
-from test_masked_equals_cut import wholly_double
+from test_masked_equals_cut import model_of, wholly_double
 from test_modeling_sheared import IDS, VARIANTS, greedy, randomized, sheared_config
 
 Blocks = list[tuple[int, int, int]]
@@ -40,9 +39,7 @@ def model_with(family: str, blocks: Blocks, hidden: int = 48, seed: int = 0, **f
         "intermediate_size": [neuron for _, _, neuron in blocks],
     }
     config = sheared_config(family, **{"num_hidden_layers": len(blocks), "hidden_size": hidden, **lists, **fields})
-    model = randomized(ShearedForCausalLM(config), seed).double()
-    wholly_double(model)
-    return model
+    return wholly_double(randomized(ShearedForCausalLM(config), seed).double())
 
 
 def padded_model(model: Any, anatomy: Anatomy) -> tuple[Any, Anatomy]:
@@ -50,12 +47,9 @@ def padded_model(model: Any, anatomy: Anatomy) -> tuple[Any, Anatomy]:
     uniform, tensors = pad_to_uniform(anatomy, MemoryReader(model.state_dict()))
     state = dict(tensors)
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == uniform.shapes()
-    stock = AutoModelForCausalLM.from_config(AutoConfig.for_model(**padded_config(model.config.to_dict(), uniform))).double()
+    stock = wholly_double(model_of(state, padded_config(model.config.to_dict(), uniform), torch.float64))
     assert type(stock).__module__.startswith("transformers.")
-    missing, unexpected = stock.load_state_dict(state, strict=False)
-    assert not unexpected and missing == (["lm_head.weight"] if model.config.tie_word_embeddings else [])
-    wholly_double(stock)
-    return stock.eval(), uniform
+    return stock, uniform
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import repeat_kv
 
-from models import FAMILIES, tiny_config, tiny_model
+from models import FAMILIES, tiny_model
 from shearling.arch.families import anatomy_of
 from shearling.errors import ConfigError, NumericsError
 from shearling.objectives.lm import token_losses
@@ -19,15 +19,11 @@ from shearling.prune.gates import GateSpec, gate_specs
 from shearling.prune.scores import SCORES, Scores, compute
 from shearling.prune.stats import NEEDS
 from shearling.shapes import PRUNABLE
+from tiny_gates import specs_of
 
 BATCHES = [torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 Piece = tuple[str, int, slice | int]
 """Name of a weight, the dimension that is cut, and what goes along it."""
-
-
-def specs_of(family: str, **sizes: Any) -> tuple[Any, dict[str, GateSpec]]:
-    source = anatomy_of(tiny_config(family, **sizes).to_dict())
-    return source, gate_specs(source, source.with_sizes(layer=1, hidden=24, group=2, query=1, neuron=20))
 
 
 def scored(name: str, model: Any, axes: Any = None, batches: Any = BATCHES, objective: Any = token_losses, **more: Any) -> Scores:

@@ -20,12 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from models import FAMILIES, tiny_config, tiny_model
 from shearling.arch.families import Anatomy, anatomy_of
 from shearling.io.tensors import MemoryReader
-from shearling.modeling_sheared import ShearedConfig, ShearedForCausalLM
 from shearling.objectives.lm import token_losses
-from shearling.prune.allocate import Masks, adapted, all_open, left, ranked, to_shape, unit_specs
+from shearling.prune.allocate import Masks, adapted, all_open, left, ranked, to_shape
 from shearling.prune.attach import Attachment
 from shearling.prune.config import AllocationConfig
-from shearling.prune.gates import gate_specs
+from shearling.prune.gates import gate_specs, unit_specs
 from shearling.prune.plan import plan_from_masks
 from shearling.prune.scores import SCORES, compute
 from shearling.prune.staged import RunningScores, StagedPruner, cut_steps
@@ -35,7 +34,8 @@ from shearling.shapes import PRUNABLE, target_config
 from shearling.train.config import FitConfig
 from shearling.train.optim import build_optimizer
 from shearling.train.step import train_step
-from test_masked_equals_cut import cut_model, random_masks, wholly_double
+from test_masked_equals_cut import cut_model, wholly_double
+from tiny_gates import random_masks
 
 SIZES: dict[str, Any] = {"layers": 3, "hidden": 24, "heads": 6, "groups": 3, "head_dim": 4, "neurons": 16, "vocab": 32}
 HEADS_AND_NEURONS = ("group", "neuron")
@@ -50,9 +50,7 @@ def exact_losses(model: Any, ids_BT: Tensor) -> Tensor:
 
 
 def doubled(family: str, **sizes: Any) -> Any:
-    model = tiny_model(family, **{**SIZES, **sizes}).double().train()
-    wholly_double(model)
-    return model
+    return wholly_double(tiny_model(family, **{**SIZES, **sizes}).double().train())
 
 
 def close(found: Tensor, expected: Tensor, name: str, rtol: float, atol: float) -> None:
@@ -173,10 +171,7 @@ def sliced(run: Run, masks: Masks, state: dict[str, dict[str, Tensor]], step: in
     target = left(run.source, masks)
     plan = plan_from_masks(run.source, target, masks)
     values = target_config(run.config, run.source, target, plan.layers)
-    stock = not target.blocks
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)) if stock else ShearedForCausalLM(ShearedConfig(**values))
-    model = model.double().train()
-    wholly_double(model)
+    model = wholly_double(AutoModelForCausalLM.from_config(AutoConfig.for_model(**values)).double().train())
     cut = {kind: dict(transform(plan, run.source, target, MemoryReader(tensors))) for kind, tensors in state.items()}
     model.load_state_dict(cut["weights"], strict=False)
     model.tie_weights()

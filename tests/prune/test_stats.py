@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +10,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import tiny_config, tiny_model
-from runs import _FORKSERVER
-from shearling.arch.families import Anatomy, anatomy_of
+from models import hooks, tiny_model
+from ranks import codes, launch
 from shearling.objectives.lm import token_losses
 from shearling.prune.attach import Attachment
-from shearling.prune.gates import GateSpec, gate_specs
 from shearling.prune.scores import compute
 from shearling.prune.stats import NEEDS, Stats, _Fold, collect, weights_of
+from tiny_gates import specs_of
 
 BATCHES = [torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 FORWARD = {"activations", "influence"}
 
 
-def of(family: str, **sizes: Any) -> tuple[Anatomy, dict[str, GateSpec]]:
-    source = anatomy_of(tiny_config(family, **sizes).to_dict())
-    return source, gate_specs(source, source.with_sizes(layer=1, hidden=24, group=2, query=1, neuron=20))
-
-
 def collected(model: Any, needs: Any = NEEDS, batches: Any = BATCHES, objective: Any = token_losses, **more: Any) -> Stats:
-    return collect(model, *of(model.config.model_type, tied=model.config.tie_word_embeddings), objective, batches, needs, **more)
+    return collect(model, *specs_of(model.config.model_type, tied=model.config.tie_word_embeddings), objective, batches, needs, **more)
 
 
 def close(found: Tensor, expected: Tensor, name: str, rtol: float = 1e-4, atol: float = 1e-6) -> None:
@@ -46,11 +38,6 @@ def tensors(stats: Stats) -> dict[str, Tensor]:
         for name, moments in getattr(stats, kind).items():
             found |= {f"{kind} {name} {what}": value for what, value in vars(moments).items()}
     return {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in found.items()}
-
-
-def hooks(model: nn.Module) -> int:
-    found = sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
-    return found + sum(len(weight._post_accumulate_grad_hooks or ()) for weight in model.parameters())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
@@ -74,7 +61,7 @@ def test_gradients_are_those_of_autograd(family: str, tied: bool) -> None:
 
 def test_gates_have_the_mean_and_variance_of_their_absolute_gradients() -> None:
     model = tiny_model("llama")
-    source, specs = of("llama")
+    source, specs = specs_of("llama")
     found = collected(model, {"gate_gradients"}).gates
     slopes: dict[str, list[Tensor]] = {axis: [] for axis in specs}
     with Attachment(model, source) as attachment:
@@ -173,7 +160,7 @@ def test_squares_leave_the_rest_as_it_is() -> None:
 
 def test_only_weights_that_an_axis_touches_get_gradients() -> None:
     model = tiny_model("qwen2")
-    source, specs = of("qwen2")
+    source, specs = specs_of("qwen2")
     found = collect(model, source, {"query": specs["query"]}, token_losses, BATCHES, {"weight_gradients"}).gradients
     names = ("q_proj.weight", "q_proj.bias", "o_proj.weight")
     assert set(found) == {f"model.layers.{layer}.self_attn.{name}" for layer in range(3) for name in names}
@@ -260,7 +247,7 @@ def test_the_model_is_left_as_it_was(failing: str | None) -> None:
 def test_beside_an_attachment_and_twice_the_same_bits() -> None:
     model = tiny_model("qwen3")
     expected = tensors(collected(model))
-    with Attachment(model, of("qwen3")[0]):
+    with Attachment(model, specs_of("qwen3")[0]):
         before = hooks(model)
         found = tensors(collected(model))
         assert hooks(model) == before
@@ -289,17 +276,10 @@ def test_what_cannot_be_collected() -> None:
 @pytest.mark.parametrize("size", [1, 2])
 def test_sharded_over_processes_the_same_bits(size: int, tmp_path: Path) -> None:
     """Over a mesh of one and of two, and whole on two: the sums are those of one process alone, and each process has all of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [_FORKSERVER.Process(target=_rank, args=(rank, size, port, str(tmp_path))) for rank in range(size)]
-    for process in processes:
-        process.start()
+    processes = launch(size, _rank, size, str(tmp_path))
     model = tiny_model("llama")
     expected = {"small": tensors(collected(model, {"gate_gradients", *FORWARD})), "all": tensors(collected(model)), "scores": scored(model)}
-    for process in processes:
-        process.join(60)
-    assert [process.exitcode for process in processes] == [0] * size
+    assert codes(processes, 60) == [0] * size
     for rank in range(size):
         for kind, found in torch.load(tmp_path / f"{rank}.pt").items():
             for name, value in expected[kind.split()[1]].items():
@@ -308,10 +288,10 @@ def test_sharded_over_processes_the_same_bits(size: int, tmp_path: Path) -> None
 
 def scored(model: Any, **more: Any) -> dict[str, Tensor]:
     names = {"layer": "fused", "hidden": "taylor-element-mixed", "group": "taylor-vector", "query": "fluctuation", "neuron": "magnitude-l2"}
-    return compute(names, model, *of("llama"), token_losses, BATCHES, **more)
+    return compute(names, model, *specs_of("llama"), token_losses, BATCHES, **more)
 
 
-def _rank(rank: int, size: int, port: int, folder: str) -> None:
+def _rank(rank: int, size: int, folder: str) -> None:
     """One process of a test: what it collects of a sharded and of a whole model."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -321,8 +301,6 @@ def _rank(rank: int, size: int, port: int, folder: str) -> None:
     from shearling.train.parallel import parallelize
     from shearling.world import World, join
 
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = join("cpu", 60.0) if size > 1 else World()
     if size == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -13,11 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from runs import metrics
 from shearling.data.loader import Loader
 from shearling.errors import NumericsError, Stopped
 from shearling.train import checkpoint
 from shearling.train.guard import FLOOR, LEAST, objection, remember
-from tiny_stage import DOMAINS, AskedToStop, Stage, Tokens, finished, log_of, poisoned, saved
+from tiny_stage import DOMAINS, AskedToStop, Stage, Tokens, finished, poisoned, saved
 
 NAN, INF = math.nan, math.inf
 
@@ -162,7 +163,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_count(kind: str, wher
     assert all(later["tensors"][name] != after["tensors"][name] for name in after["tensors"] if name.startswith("model/"))
     assert [step["state"]["progress"]["bad_steps"] for step in steps] == [0, 0, 1, 0, 0]
     clean = finished(kind)
-    lines = log_of(tmp_path)
+    lines = metrics(tmp_path)
     line = lines[3]
     assert line["skipped"] == ("the gradient's norm is nan" if place != "loss" and value == "nan" else line["skipped"])
     assert line["skipped"].startswith("the loss is" if place == "loss" else "the gradient's norm is")
@@ -195,7 +196,7 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
     good = saved(stage.checkpoints(tmp_path), 4)
     assert saved(stage.checkpoints(tmp_path))["step"] == 6
     assert saved(stage.checkpoints(tmp_path))["tensors"] == good["tensors"], "a bad step got into the checkpoint"
-    assert ["skipped" in line for line in log_of(tmp_path)] == [False] * 5 + [True] * 3
+    assert ["skipped" in line for line in metrics(tmp_path)] == [False] * 5 + [True] * 3
 
     again = Stage("projected", steps=9)  # the same command meets the same samples
     again.after_forward = stage.after_forward
@@ -249,7 +250,7 @@ def test_a_planted_spike_is_skipped_and_no_more(tmp_path: Path) -> None:
         every_step("lagrangian", tmp_path / "spike", spike, **config),
         every_step("lagrangian", tmp_path / "nan", other, **config),
     )
-    lines = log_of(tmp_path / "spike")
+    lines = metrics(tmp_path / "spike")
     assert [line["step"] for line in lines if "skipped" in line] == [9]
     assert "deviations above the mean" in lines[9]["skipped"] and lines[9]["loss"] > 10
     assert found == expected
@@ -271,4 +272,4 @@ def test_the_window_outlives_an_interruption(tmp_path: Path) -> None:
     again = Stage("plain", **config)
     again.after_forward = poisoned({11: 40.0})
     again.fit(tmp_path)
-    assert again.steps == [11, 12] and [line["step"] for line in log_of(tmp_path) if "skipped" in line] == [11]
+    assert again.steps == [11, 12] and [line["step"] for line in metrics(tmp_path) if "skipped" in line] == [11]

@@ -15,11 +15,12 @@ import pytest
 from safetensors.torch import save_file
 
 from faults import KILLED, die, in_child
+from runs import metrics
 from shearling.errors import Stopped
 from shearling.io.files import sha256_file
 from shearling.show import Shielded, Silent
 from shearling.train import checkpoint
-from tiny_stage import STEPS, AskedToStop, Stage, finished, log_of, poisoned, result_of, saved
+from tiny_stage import STEPS, AskedToStop, Stage, finished, poisoned, result_of, saved
 
 
 def stopped_in_the_evaluation(stage: Stage, run: Path, step: int) -> None:
@@ -49,7 +50,7 @@ def test_stopped_in_an_evaluation_and_gone_on(kind: str, every: int, tmp_path: P
         found = checkpoint.load(stage.checkpoints(run))
         assert found is not None and found.step == step
         assert found.state["progress"]["unlogged"]["step"] == step
-        assert [line["step"] for line in log_of(run)] == list(range(step))
+        assert [line["step"] for line in metrics(run)] == list(range(step))
 
         again = Stage(kind, evaluate_every=every)
         stopped_in_the_evaluation(again, run, step)  # once more, with nothing done in between
@@ -57,7 +58,7 @@ def test_stopped_in_an_evaluation_and_gone_on(kind: str, every: int, tmp_path: P
         last = Stage(kind, evaluate_every=every)
         ended = last.fit(run)
         assert last.steps == list(range(step + 1, STEPS + 1))
-        assert log_of(run) == log_of(tmp_path / "whole")
+        assert metrics(run) == metrics(tmp_path / "whole")
         assert {**ended.to_json(), "seconds": 0} == {**returned.to_json(), "seconds": 0}
         one, other = (saved(stage.checkpoints(path)) for path in (run, tmp_path / "whole"))
         assert one["tensors"] == other["tensors"] and one["step"] == other["step"] == STEPS
@@ -97,7 +98,7 @@ def test_a_stage_that_saves_nothing_saves_when_stopped(tmp_path: Path) -> None:
     assert list(checkpoint.steps(stage.checkpoints(tmp_path))) == [3]
     stage = Stage("plain", {"save_every": None})
     stage.fit(tmp_path)
-    assert stage.steps == [4, 5] and log_of(tmp_path) == finished("plain")["log"]
+    assert stage.steps == [4, 5] and metrics(tmp_path) == finished("plain")["log"]
     assert list(checkpoint.steps(stage.checkpoints(tmp_path))) == [3]
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models import FAMILIES, tiny_config, tiny_model
-from runs import _FORKSERVER
+from ranks import codes, launch
 from shearling.arch.families import anatomy_of
 from shearling.errors import ArtifactError, ConfigError, Stopped
 from shearling.io.loading import load_stock
@@ -273,16 +271,7 @@ def test_what_the_runtime_asks_for(runtime: dict[str, Any]) -> None:
 def test_two_processes_train_and_merge_to_what_one_does(tmp_path: Path) -> None:
     """Frozen and trained parameters in one group of FSDP2. With rank 8, to the same bits. With rank 1, the second process has no row of
     any A; and torch's fused AdamW rounds otherwise behind the last whole vector of a tensor, which is elsewhere in its rows."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [_FORKSERVER.Process(target=_process, args=(number, port, tmp_path)) for number in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in processes] == [0, 0]
+    assert codes(launch(2, _process, tmp_path)) == [0, 0]
     for name, rank in RANKS.items():
         alone = _fit_and_merge(tmp_path / f"one-{rank}", name, World())
         together = load_file(tmp_path / f"two-{rank}.safetensors")
@@ -313,9 +302,7 @@ def _fit_and_merge(run: Path, name: str, world: World) -> dict[str, Tensor]:
     return whole_weights(stage.model, world)
 
 
-def _process(number: int, port: int, folder: Path) -> None:
-    os.environ |= {"RANK": str(number), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def _process(number: int, folder: Path) -> None:
     with join() as world:
         for name, rank in RANKS.items():
             weights = _fit_and_merge(folder / f"two-{rank}", name, world)

@@ -39,7 +39,8 @@ def _same_bits() -> None:
     from shearling.prune.learn import GateLearner
     from shearling.shapes import Target, target_anatomy
     from shearling.train.config import RuntimeConfig
-    from shearling.train.parallel import forget_gathered, local, parallelize
+    from shearling.train.parallel import parallelize
+    from shearling.world import forget_gathered, local
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)

@@ -22,7 +22,7 @@ from shearling.train import checkpoint, saver
 from shearling.train.checkpoint import load, steps
 from shearling.train.saver import Saver
 from shearling.world import World, opened, sealed
-from tiny_stage import bits
+from tiny_stage import Place, bits
 
 
 def tensors(seed: int) -> dict[str, Tensor]:
@@ -254,12 +254,12 @@ def test_a_disk_that_is_really_full_keeps_the_old_and_leaves_no_rubbish(tmp_path
 # Several processes: threads that share a board.
 
 
-class Boarder(World):
+class Boarder(Place):
     """One of several threads. A decision is read from the board, as between processes."""
 
     def __init__(self, rank: int, size: int, board: dict[str, Any], changed: threading.Condition) -> None:
-        super().__init__()
-        self.rank, self.size, self._board, self._changed, self._decided = rank, size, board, changed, 0
+        super().__init__(rank, size)
+        self._board, self._changed, self._decided = board, changed, 0
 
     def post(self, key: str, value: Any) -> None:
         with self._changed:

@@ -17,10 +17,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from shearling.errors import ArtifactError
 from shearling.train import checkpoint
-from shearling.train.parallel import local
 from shearling.train.saver import Saver
 from shearling.train.state import pack, unpack
-from shearling.world import World
+from shearling.world import World, local
 from tiny_stage import Place, Stage, bits
 
 SHAPES: dict[str, tuple[int, ...]] = {"wide": (7, 3), "tall": (2, 5), "long": (9,), "scalar": (), "unused": (4,)}

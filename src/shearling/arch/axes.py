@@ -84,17 +84,27 @@ def slice_tensor(tensor: Tensor, pattern: str, sizes: Mapping[str, int], keep: M
     return tensor
 
 
-def close(tensor: Tensor, pattern: str, sizes: Mapping[str, int], masks: Mapping[str, Tensor]) -> Tensor:
-    """Zeros where a unit that the element is of is closed. Shape in and out: `dimensions(pattern, sizes)`.
+def open_positions(dimension: Sequence[str], sizes: Mapping[str, int], masks: Mapping[str, Tensor], layer: int | None) -> Tensor:
+    """Which positions along one dimension are open, those at which the mask of none of its axes is closed: booleans on the CPU.
 
-    `masks`: {axis: 0/1 tensor [size]} of the tensor's own block; of `query` [group, query].
+    `masks`: {axis: 0/1 tensor of the gates' shape}; an axis left out is open. `layer`: the block that the tensor is of, None for none.
     """
+    import torch
+
+    open_ = torch.ones([sizes[axis] for axis in dimension], dtype=torch.bool)
+    for axis in (axis for axis in dimension if axis in masks):
+        own = masks[axis] if layer is None or axis not in PER_LAYER else masks[axis][layer]
+        spanned = ("group", "query") if axis == "query" else (axis,)
+        open_ &= own.gt(0).cpu().reshape([sizes[other] if other in spanned else 1 for other in dimension])
+    return open_.flatten()
+
+
+def close(tensor: Tensor, pattern: str, sizes: Mapping[str, int], masks: Mapping[str, Tensor], layer: int | None) -> Tensor:
+    """Zeros where a unit that the element is of is closed; masks and block as in `open_positions`. The tensor's shape stays."""
     for dim, axes in enumerate(parse_pattern(pattern)):
-        for axis in (axis for axis in axes if axis in masks):
-            spanned = ("group", "query") if axis == "query" else (axis,)
-            own = masks[axis].to(tensor).reshape([sizes[other] if other in spanned else 1 for other in axes])
-            along = own.expand([sizes[other] for other in axes]).reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
-            tensor = tensor * along
+        if any(axis in masks for axis in axes):
+            along = open_positions(axes, sizes, masks, layer).to(tensor)
+            tensor = tensor * along.reshape([-1 if d == dim else 1 for d in range(tensor.dim())])
     return tensor
 
 

@@ -171,6 +171,14 @@ class Anatomy:
         prefix = f"{self.family.anchors.layers}."
         return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else None
 
+    def moved(self, name: str, layers: Sequence[int]) -> tuple[str, int | None]:
+        """Full name and block of a tensor once block i is block `layers[i]`; outside the blocks as it is, and None."""
+        number = self.layer_of(name)
+        if number is None:
+            return name, None
+        prefix = f"{self.family.anchors.layers}."
+        return f"{prefix}{layers[number]}{name.removeprefix(f'{prefix}{number}')}", layers[number]
+
     def sizes_in(self, layer: int | None) -> Mapping[str, int]:
         """Size of every axis in a block (None: outside of them)."""
         return self.sizes if layer is None or not self.blocks else {**self.sizes, **self.blocks[layer]}

@@ -16,7 +16,7 @@ Shapes: L layers, G key/value heads, Q query heads in each, M neurons, D hidden 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -26,24 +26,10 @@ from shearling.arch.axes import PER_LAYER, count
 from shearling.arch.families import Anatomy
 from shearling.errors import Problem, ShapeError
 from shearling.prune.config import AllocationConfig
-from shearling.prune.gates import GateSpec
+from shearling.prune.gates import GateSpec, unit_specs
 from shearling.prune.scores import ranks
-from shearling.shapes import PRUNABLE, shape_of
 
 Masks = dict[str, Tensor]
-
-
-def unit_specs(source: Anatomy, axes: Collection[str]) -> dict[str, GateSpec]:
-    """The units of `axes`, all of which are there: specs whose target is the source's size."""
-    shapes = {
-        "layer": ("layer",),
-        "hidden": ("hidden",),
-        "group": ("layer", "group"),
-        "query": ("layer", "group", "query"),
-        "neuron": ("layer", "neuron"),
-    }
-    sizes = source.sizes
-    return {axis: GateSpec(axis, tuple(sizes[a] for a in shapes[axis]), sizes[axis]) for axis in PRUNABLE if axis in axes}
 
 
 def all_open(source: Anatomy, axes: Collection[str]) -> Masks:
@@ -293,14 +279,10 @@ def _parameters_of_one(source: Anatomy, now: Anatomy, axis: str) -> float:
     if axis == "layer":
         return sum(count(row.pattern, block) for block in sizes for row in rows) / len(sizes)
     if axis == "hidden":
-        return float(now.parameters()) - now.with_sizes(hidden=now.sizes["hidden"] - 1).with_blocks(_blocks(now)).parameters()
+        return float(now.parameters()) - replace(now, sizes={**now.sizes, "hidden": now.sizes["hidden"] - 1}).parameters()
     less = [{**block, axis: block[axis] - 1} for block in sizes]
     gone = sum(count(row.pattern, full) - count(row.pattern, one) for full, one in zip(sizes, less, strict=True) for row in rows)
     return gone / len(sizes) / (now.sizes["group"] if axis == "query" else 1)
-
-
-def _blocks(anatomy: Anatomy) -> list[dict[str, int]]:
-    return [{axis: anatomy.sizes_in(layer)[axis] for axis in PER_LAYER} for layer in range(anatomy.sizes["layer"])]
 
 
 def _divisible(source: Anatomy, found: Masks, scores: Mapping[str, Tensor]) -> Masks:
@@ -312,7 +294,7 @@ def _divisible(source: Anatomy, found: Masks, scores: Mapping[str, Tensor]) -> M
     hidden = now.sizes["hidden"] // heads * heads
     if "hidden" not in found or hidden < heads:
         remedy = f"Transformers loads {source.family.model_type} only so: prune hidden too, or ask for prune.shape per_layer."
-        found_shape = f"{shape_of(now)['hidden_size']} channels on {heads} heads"
+        found_shape = f"{now.sizes['hidden']} channels on {heads} heads"
         raise ShapeError("the shape that the scores lead to does not load", [Problem("prune.axes", found_shape, remedy)])
     return {**found, "hidden": _best(scores["hidden"], found["hidden"], hidden)}
 

@@ -36,11 +36,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from shearling.arch.axes import parse_pattern
+from shearling.arch.axes import open_positions, parse_pattern
 from shearling.arch.families import Anatomy
 from shearling.errors import NumericsError
 from shearling.prune.attach import Attachment
-from shearling.prune.rotate import forward_only
+from shearling.prune.watch import evaluating
 
 RANGE = (-6.0, 4.0)
 """Within which powers of ten a ridge is looked for, relative to the mean square of the kept inputs."""
@@ -65,7 +65,7 @@ def compensate(
     *,
     ridge: float | None = None,
     aim: Aim = "own",
-    stop: Callable[[], None] | None = None,
+    stop: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
     """Weights for the output projections of kept blocks that make up for what `masks` close.
 
@@ -97,14 +97,15 @@ def compensate(
         raise ValueError("a ridge is chosen on batches that were left out, so there must be two or more; or give the ridge")
     if ridge is not None and not ridge > 0:
         raise ValueError(f"ridge must be more than 0, not {ridge}")
-    anchors, between = anatomy.family.anchors, stop or (lambda: None)
+    anchors = anatomy.family.anchors
     like = next(model.parameters())
     placed = {axis: mask.to(like.device, like.dtype) for axis, mask in masks.items()}
     blocks = [model.get_submodule(f"{anchors.layers}.{layer}") for layer in range(anatomy.sizes["layer"])]
     names = (anchors.attention_output, anchors.mlp_output)
+    read = {row.name.removesuffix(".weight"): parse_pattern(row.pattern)[-1] for row in anatomy.family.block}
     found: dict[str, Tensor] = {}
-    with forward_only(model), Attachment(model, anatomy) as gates:
-        sources_BTD, calls = _begin(model, blocks, batches_BT, between)
+    with torch.no_grad(), evaluating(model), Attachment(model, anatomy) as gates:
+        sources_BTD, calls = _begin(model, blocks, batches_BT, stop)
         hidden_D = placed.get("hidden", like.new_ones(anatomy.sizes["hidden"]))
         streams_BTD = [stream * hidden_D for stream in sources_BTD]
         for layer, block in enumerate(blocks):
@@ -112,24 +113,23 @@ def compensate(
             if aim == "source":
                 gates.set({})
                 with _outputs(block, names) as wanted:
-                    sources_BTD = [_run(block, x, call[layer], between) for x, call in zip(sources_BTD, calls, strict=True)]
+                    sources_BTD = [_run(block, x, call[layer], stop) for x, call in zip(sources_BTD, calls, strict=True)]
             if "layer" in placed and not placed["layer"][layer] > 0:
                 continue
             gates.set(placed)
             with _put_back(block, names) as put:
                 for name in names:
-                    pattern = next(row.pattern for row in anatomy.family.block if row.name == f"{name}.weight")
-                    kept_I = _kept(pattern, anatomy.sizes, placed, layer).to(like.device)
+                    kept_I = open_positions(read[name], anatomy.sizes, placed, layer).to(like.device)
                     if aim == "own" and kept_I.all():
                         continue
                     moments = _Moments(block.get_submodule(name), kept_I, hidden_D > 0, wanted.get(name))
                     with moments.on():
                         for stream_BTD, call in zip(streams_BTD, calls, strict=True):
-                            _run(block, stream_BTD, call[layer], between)
+                            _run(block, stream_BTD, call[layer], stop)
                     full_name = f"{anchors.layers}.{layer}.{name}.weight"
                     found[full_name] = moments.solve(ridge, full_name)
                     put(name, found[full_name])
-                streams_BTD = [_run(block, x, call[layer], between) for x, call in zip(streams_BTD, calls, strict=True)]
+                streams_BTD = [_run(block, x, call[layer], stop) for x, call in zip(streams_BTD, calls, strict=True)]
     return found
 
 
@@ -267,13 +267,3 @@ def _put_back(block: nn.Module, names: Sequence[str]) -> Iterator[Callable[[str,
     finally:
         for name, weight in own.items():
             block.get_submodule(name)._parameters["weight"] = weight
-
-
-def _kept(pattern: str, sizes: Mapping[str, int], masks: Mapping[str, Tensor], layer: int) -> Tensor:
-    """Which inputs of a projection of this pattern the masks leave open, as booleans [I]."""
-    _, axes = parse_pattern(pattern)
-    kept = torch.ones([sizes[axis] for axis in axes], dtype=torch.bool)
-    for spanned in (("group",), ("group", "query"), ("neuron",)):
-        if spanned[-1] in masks and spanned[-1] in axes:
-            kept &= masks[spanned[-1]][layer].gt(0).cpu().reshape([sizes[axis] if axis in spanned else 1 for axis in axes])
-    return kept.flatten()

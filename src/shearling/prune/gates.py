@@ -25,13 +25,12 @@ Shapes: L layers, G key/value heads, Q query heads in each, M neurons, D hidden 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from shearling.arch.axes import PER_LAYER
 from shearling.arch.families import Anatomy
 from shearling.shapes import PRUNABLE
 
@@ -129,19 +128,26 @@ class GateSpec:
     target: int
 
 
+SPANNED = {
+    "layer": ("layer",),
+    "hidden": ("hidden",),
+    "group": ("layer", "group"),
+    "query": ("layer", "group", "query"),
+    "neuron": ("layer", "neuron"),
+}
+"""The axes whose sizes are the shape of an axis' gates."""
+
+
+def unit_specs(source: Anatomy, axes: Collection[str]) -> dict[str, GateSpec]:
+    """The units of `axes`, all of which are there: specs whose target is the source's size."""
+    sizes = source.sizes
+    return {axis: GateSpec(axis, tuple(sizes[a] for a in SPANNED[axis]), sizes[axis]) for axis in PRUNABLE if axis in axes}
+
+
 def gate_specs(source: Anatomy, target: Anatomy) -> dict[str, GateSpec]:
     """Which gates the way from `source` to `target` needs. An axis that keeps its size has no gates."""
-    specs = {}
-    for axis in PRUNABLE:
-        if target.sizes[axis] == source.sizes[axis]:
-            continue
-        shape: tuple[int, ...] = (source.sizes[axis],)
-        if axis == "query":
-            shape = (source.sizes["group"], *shape)
-        if axis in PER_LAYER:
-            shape = (source.sizes["layer"], *shape)
-        specs[axis] = GateSpec(axis, shape, target.sizes[axis])
-    return specs
+    wanted = {axis: target.sizes[axis] for axis in PRUNABLE if target.sizes[axis] != source.sizes[axis]}
+    return {axis: replace(spec, target=wanted[axis]) for axis, spec in unit_specs(source, wanted).items()}
 
 
 class Gates(nn.Module):

@@ -11,16 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shearling.arch.axes import PER_LAYER
 from shearling.arch.families import Anatomy
 from shearling.errors import ConfigError, Problem
 from shearling.prune import scores
-from shearling.prune.allocate import check_budget, unit_specs
+from shearling.prune.allocate import check_budget
 from shearling.prune.config import LEARNED, AllocationConfig
-from shearling.prune.gates import GateSpec, gate_specs
+from shearling.prune.gates import GateSpec, gate_specs, unit_specs
 from shearling.shapes import PRUNABLE, SIZES, Target, budget_of, target_anatomy, turned
+
+if TYPE_CHECKING:
+    from shearling.recipe import PruneConfig
 
 EVERY_AXIS = "*"
 
@@ -134,11 +137,11 @@ def listing() -> dict[str, list[dict[str, Any]]]:
         {"name": m.name, "about": m.about, "paper": m.paper, "scores": dict(m.scores), "rule": m.rule, "shape": m.shape}
         for m in METHODS.values()
     ]
-    axes = {name: [axis for axis in PRUNABLE if axis in score.axes] for name, score in scores.SCORES.items()}
-    return {
-        "methods": rows,
-        "scores": [{"name": s.name, "about": s.about, "paper": s.paper, "axes": axes[s.name]} for s in scores.SCORES.values()],
-    }
+    known = [
+        {"name": s.name, "about": s.about, "paper": s.paper, "axes": [axis for axis in PRUNABLE if axis in s.axes]}
+        for s in scores.SCORES.values()
+    ]
+    return {"methods": rows, "scores": known}
 
 
 def choose_scores(method: Method, asked: str | Mapping[str, str] | None, specs: Mapping[str, GateSpec]) -> dict[str, str]:
@@ -187,19 +190,19 @@ class Choice:
         return self.method.rule != "shape"
 
 
-def choose(prune: Any, source: Anatomy, asked: Target | None) -> Choice:
-    """What the prune section of a recipe (`shearling.recipe.PruneConfig`) means for a source. Raises `ConfigError` or `ShapeError`."""
+def choose(prune: PruneConfig, source: Anatomy, asked: Target | None) -> Choice:
+    """What the prune section of a recipe means for a source. Raises `ConfigError` or `ShapeError`."""
     method, wanted = find(prune.method), asked or Target()
     if asked is not None:
         source, wanted = turned(source, asked, prune.rotate)
     axes = tuple(axis for axis in PRUNABLE if axis in (prune.axes or (method.axes if wanted.parameters is not None else PRUNABLE)))
     given = [field for field in SIZES if getattr(wanted, field) is not None]
-    uniform = (prune.shape or method.shape) == "uniform"
+    uniform, finds = (prune.shape or method.shape) == "uniform", method.rule != "shape" and asked is not None
     problems = []
     if method.rule == "shape" and not uniform:
         remedy = f"The method {method.name} cuts every block to one shape: leave it out, or take llm-pruner-global, adapt-pruner or saap."
         problems.append(Problem("prune.shape", "per_layer", remedy))
-    if method.rule != "shape" and asked is not None:
+    if finds:
         if wanted.parameters is None or given:
             found = ", ".join(given) or "no budget"
             remedy = f"The method {method.name} finds its own shape: give target.parameters alone."
@@ -218,10 +221,10 @@ def choose(prune: Any, source: Anatomy, asked: Target | None) -> Choice:
         problems.append(Problem("prune.steps", "0", remedy))
     if problems:
         raise ConfigError("this method cannot be used so", problems)
-    target = target_anatomy(source, wanted, axes) if method.rule == "shape" or asked is None else source
-    specs = gate_specs(source, target) if method.rule == "shape" or asked is None else unit_specs(source, axes)
+    target = source if finds else target_anatomy(source, wanted, axes)
+    specs = unit_specs(source, axes) if finds else gate_specs(source, target)
     blocks = unit_specs(source, ("layer",))
-    weighed = blocks if method.rule == "adapted" and asked is not None else {}
+    weighed = blocks if finds and method.rule == "adapted" else {}
     asked_scores = prune.scores
     if prune.rotate != "no" and "hidden" in specs and not isinstance(asked_scores, str):  # by what the axes carry, unless asked
         asked_scores = {"hidden": "first-channels", **(asked_scores or {})}
@@ -230,8 +233,9 @@ def choose(prune: Any, source: Anatomy, asked: Target | None) -> Choice:
     if method.from_training and more:
         remedy = "Training has weights and their gradients alone: take taylor-element, taylor-vector, or a magnitude."
         raise ConfigError("this method cannot be used so", [Problem("prune.scores", ", ".join(sorted(more)), remedy)])
-    if method.rule != "shape" and asked is not None:
-        check_budget(source, specs, budget_of(source, wanted) or 0, prune.allocation, adapts=method.rule == "adapted", uniform=uniform)
+    budget = budget_of(source, wanted)
+    if finds:
+        check_budget(source, specs, budget or 0, prune.allocation, adapts=method.rule == "adapted", uniform=uniform)
     own = {name: getattr(method, name) for name in ("compare", "fluctuation") if getattr(prune.allocation, name) is None}
-    budget = budget_of(source, wanted) or target.parameters()
-    return Choice(method, source, budget, specs, chosen, prune.allocation.model_copy(update=own), uniform, blocks["layer"])
+    allocation = prune.allocation.model_copy(update=own)
+    return Choice(method, source, budget or target.parameters(), specs, chosen, allocation, uniform, blocks["layer"])

@@ -63,12 +63,11 @@ def uniform_anatomy(anatomy: Anatomy) -> Anatomy:
     That is each axis at its largest size, unless the family asks that the number of query heads divides hidden_size: then groups and
     query heads are added until it does. Raises `ShapeError` where that takes more than `LARGEST` times the heads.
     """
-    blocks = anatomy.blocks or (anatomy.sizes,)
-    group, query, neuron = (max(block[axis] for block in blocks) for axis in ("group", "query", "neuron"))
-    smallest = anatomy.with_sizes(group=group, query=query, neuron=neuron)
+    smallest = anatomy.with_sizes()
     if not anatomy.family.hidden_divisible_by_heads:
         return smallest
-    hidden, most = anatomy.sizes["hidden"], LARGEST * group * query
+    hidden, group, query = (anatomy.sizes[axis] for axis in ("hidden", "group", "query"))
+    most = LARGEST * group * query
     shapes = [(g, q) for g in range(group, most // query + 1) for q in range(query, most // g + 1) if hidden % (g * q) == 0]
     if not shapes:
         remedy = f"Transformers loads {anatomy.family.model_type} only where it divides hidden_size ({hidden}); keep other head counts."

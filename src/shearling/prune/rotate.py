@@ -24,8 +24,8 @@ Shapes: B sequences of T tokens, N tokens in all; D hidden channels, V words, I 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from shearling.arch.axes import parse_pattern
 from shearling.arch.families import Anatomy, TensorRow
 from shearling.errors import NumericsError
+from shearling.prune.watch import evaluating
 
 ROWS = 8192
 """Rows of a matrix that are in fp64 at a time."""
@@ -51,20 +52,6 @@ class TiedNorm:
     """The last norm's weight in the rotated basis, fp64."""
     error: float
     """Root mean square difference of the logits over that of the logits, both less their mean over the vocabulary; 0 is exact."""
-
-
-@contextmanager
-def forward_only(model: nn.Module) -> Iterator[None]:
-    """In eval mode, without gradients and without compiled code, which does not see hooks come and go; afterwards as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
-    try:
-        model.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def norms_of(anatomy: Anatomy) -> list[str]:
@@ -190,11 +177,11 @@ def rotate(model: nn.Module, anatomy: Anatomy, rotation_DD: Tensor, *, untie: bo
         raise ValueError("a head that stays tied needs `final_norm_D`, and no other takes it")
     if tied and untie:
         anatomy = _untie(model, anatomy, head)
+    parts = (output.partition(".")[0] for output in (anchors.attention_output, anchors.mlp_output))
+    read_through = dict(zip(parts, anchors.block_norms, strict=True))
     for layer in range(anatomy.sizes["layer"]):
         prefix = f"{anchors.layers}.{layer}."
         norms = {name: model.get_parameter(f"{prefix}{name}.weight") for name in anchors.block_norms}
-        read_through = dict(zip((anchors.attention_output, anchors.mlp_output), anchors.block_norms, strict=True))
-        read_through = {output.partition(".")[0]: norm for output, norm in read_through.items()}
         factors = {name: _split(weight) for name, weight in norms.items()}
         for row in anatomy.rows(family.block):
             part = row.name.partition(".")[0]
@@ -261,7 +248,7 @@ def _watch(
     def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         add(module, args[0].flatten(0, -2).double())
 
-    with forward_only(model), ExitStack() as hooks:
+    with torch.no_grad(), evaluating(model), ExitStack() as hooks:
         for name in names:
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(before).remove)
         for ids_BT in batches_BT:

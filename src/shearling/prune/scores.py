@@ -187,7 +187,7 @@ def taylor_element_mixed(stats: Stats) -> Scores:
 
     The paper's element-wise importance with both terms (section 3.2); F as in `taylor-element-second`. In nats.
     """
-    return stats.sum_elements(lambda w: (w.value * w.gradient - 0.5 * w.squared_gradient * w.value.square()).abs())
+    return stats.sum_elements(lambda w: ((value := w.value) * w.gradient - 0.5 * w.squared_gradient * value.square()).abs())
 
 
 @score("fused", paper="after SAAP, arXiv 2412.15127", needs={"weights", "weight_gradients"}, axes=EVERY)
@@ -258,7 +258,7 @@ def squared_columns(stats: Stats, projection: str) -> Tensor:
     for name, pattern, layer in weights_of(stats.anatomy):
         if layer is not None and name.endswith(f".{projection}.weight"):
             reads = parse_pattern(pattern)[1]
-            columns.append(sum_onto(Weight(name, stats).value.square(), pattern, stats.anatomy.sizes, reads).flatten())
+            columns.append(sum_onto(Weight(name, pattern, layer, stats).value.square(), pattern, stats.anatomy.sizes, reads).flatten())
     return torch.stack(columns).cpu()
 
 

@@ -131,8 +131,7 @@ class RunningScores:
         if self._steps < 0:
             for total in (*self._sums.values(), self._steps):
                 total.zero_()
-        named = dict(self._model.named_parameters())
-        weights = {name: named[name] for name, _, _ in weights_of(self._source)}
+        weights = {name: self._model.get_parameter(name) for name, _, _ in weights_of(self._source)}
         gradients = {name: weight.grad if weight.grad is not None else torch.zeros_like(weight) for name, weight in weights.items()}
         found = scores.of_stats(self._names, Stats(self._source, self._specs, weights, gradients=gradients))
         for axis, values in found.items():

@@ -22,7 +22,7 @@ projection, N of tokens or of entries in all.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from math import prod
@@ -31,12 +31,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from shearling.arch.axes import PER_LAYER, close, parse_pattern, sum_onto
+from shearling.arch.axes import close, parse_pattern, sum_onto
 from shearling.arch.families import Anatomy
 from shearling.prune.attach import Attachment
-from shearling.prune.gates import GateSpec
-from shearling.prune.watch import Moments, Watch, views
-from shearling.world import World
+from shearling.prune.gates import SPANNED, GateSpec
+from shearling.prune.watch import Moments, Watch, evaluating, views
+from shearling.world import World, forget_gathered, local, whole
 
 Objective = Callable[[nn.Module, Tensor], Tensor]
 """(model, token ids [B, T]) -> losses of any shape; their mean is scored by."""
@@ -45,13 +45,7 @@ Scores = dict[str, Tensor]
 
 NEEDS = ("weights", "gate_gradients", "weight_gradients", "squared_gradients", "activations", "influence")
 
-_UNITS: dict[str, tuple[str, ...]] = {
-    "layer": (),
-    "hidden": ("hidden",),
-    "group": ("group",),
-    "query": ("group", "query"),
-    "neuron": ("neuron",),
-}
+_UNITS = {axis: tuple(other for other in spanned if other != "layer") for axis, spanned in SPANNED.items()}
 """The axes of a weight whose product are the units of an axis; of `layer`, a block's weights have none."""
 
 
@@ -60,19 +54,18 @@ class Weight:
     """One weight, and what was collected of it: fp32 and whole, gathered when asked for, which is a collective where it is sharded."""
 
     name: str
+    pattern: str
+    layer: int | None
+    """Number of its block; None outside the blocks."""
     _stats: Stats
 
     @property
     def value(self) -> Tensor:
         """The weight w itself; zero where the masks close it."""
-        whole, stats = _whole(self._stats.parameters[self.name]), self._stats
-        layer = stats.anatomy.layer_of(self.name)
-        masks = {
-            axis: mask[layer] if axis in PER_LAYER else mask for axis, mask in stats.masks.items() if axis == "hidden" or layer is not None
-        }
-        if "layer" in masks:
-            whole = whole * masks.pop("layer")[layer].to(whole)
-        return close(whole, stats.anatomy.tensors()[self.name], stats.anatomy.sizes, masks) if masks else whole
+        value, masks = _whole(self._stats.parameters[self.name]), self._stats.masks
+        if "layer" in masks and self.layer is not None:
+            value = value * masks["layer"][self.layer].to(value)
+        return close(value, self.pattern, self._stats.anatomy.sizes, masks, self.layer)
 
     @property
     def gradient(self) -> Tensor:
@@ -137,7 +130,7 @@ class Stats:
             axes = [axis for axis in self.specs if _touches(axis, pattern, layer)]
             if not axes:
                 continue
-            tensor = value(Weight(name, self))
+            tensor = value(Weight(name, pattern, layer, self))
             for axis in axes:
                 total = found.setdefault(axis, torch.zeros(self.specs[axis].shape, device=tensor.device))
                 (total if axis == "hidden" else total[layer]).add_(onto(tensor, pattern, axis))
@@ -176,9 +169,8 @@ def collect(
     wanted, world = set(needs) - {"weights"}, world or World()
     if unknown := wanted - set(NEEDS):
         raise ValueError(f"unknown needs {sorted(unknown)}; the needs are {NEEDS}")
-    _shard_again(model)
-    named: dict[str, Tensor] = dict(model.named_parameters())
-    parameters = {name: named[name] for name, _, _ in weights_of(anatomy)}
+    forget_gathered(model)
+    parameters = {name: model.get_parameter(name) for name, _, _ in weights_of(anatomy)}
     if not wanted:
         return Stats(anatomy, specs, parameters, seed, masks=masks or {})
     if not batches_BT:
@@ -192,7 +184,7 @@ def collect(
     squares_N, sums_N, masks = slopes_N.double(), torch.zeros_like(watch.sums_N), {a: m.to(device) for a, m in (masks or {}).items()}
     start_N = torch.cat([slopes_N[:0], *((masks[a] if a in masks else slopes_N.new_ones(shape)).flatten() for a, shape in shapes.items())])
     backward, dealt = bool(shapes or fold.weights), not fold.weights
-    with _as_it_was(model), _uncompiled(model), Attachment(model, anatomy) as attachment, watch.on(model), fold.on():
+    with evaluating(model), _without_gradients(model), Attachment(model, anatomy) as attachment, watch.on(model), fold.on():
         for first in range(0, len(batches_BT), world.size if dealt else 1):
             between()
             # a sharded model needs every process for each pass, so those that have no batch left repeat the last
@@ -247,17 +239,17 @@ class _Fold:
     def _add(self, name: str, weight: Tensor) -> None:
         assert weight.grad is not None
         processes = weight.grad.device_mesh.size() if isinstance(weight.grad, DTensor) else 1  # each added the same batch's
-        gradient = _local(weight.grad).float()
+        gradient = local(weight.grad).float()
         weight.grad = None
         if name in self.gradients:
-            _local(self.gradients[name]).add_(gradient, alpha=self.share / processes)
+            local(self.gradients[name]).add_(gradient, alpha=self.share / processes)
         if name in self.squares:
-            _local(self.squares[name]).addcmul_(gradient, gradient, value=1 / processes**2)
+            local(self.squares[name]).addcmul_(gradient, gradient, value=1 / processes**2)
 
     def divide(self, batches: int, sequences: int) -> None:
         for sums, count in ((self.gradients, batches), (self.squares, sequences)):
             for total in sums.values():
-                _local(total).div_(count)
+                local(total).div_(count)
 
 
 def _touches(axis: str, pattern: str, layer: int | None) -> bool:
@@ -272,49 +264,26 @@ def _gathered(tensor: Tensor, world: World, dealt: bool) -> list[Tensor]:
     return found if dealt else found[:1]  # of process 0: on GPUs the same work need not give the same bits
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """The rows of a tensor that lie on this process. No copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _whole(tensor: Tensor) -> Tensor:
     """All of it, in fp32. A collective where it is sharded."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).float()
+    return whole(tensor.detach()).float()
 
 
 def _zeros(weight: Tensor) -> Tensor:
     return torch.zeros_like(weight.detach(), dtype=torch.float32)
 
 
-def _shard_again(model: nn.Module) -> None:
-    """Where gathered weights stand in the modules, put the sharded ones back."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()  # type: ignore[operator]
-
-
-def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
-    """Compiled blocks are run as they are written: compiled code does not see that hooks come and go."""
-    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
-    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-
-
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """In eval mode and without gradients of weights; afterwards as before, gradients that were there included."""
-    modes = [(module, module.training) for module in model.modules()]
+def _without_gradients(model: nn.Module) -> Iterator[None]:
+    """No gradients of weights; afterwards as before, gradients that were there included."""
     weights = [(weight, weight.requires_grad, weight.grad) for weight in model.parameters()]
     try:
-        model.eval()
         for weight, _, _ in weights:
             weight.grad = None
             weight.requires_grad_(False)
         yield
     finally:
-        _shard_again(model)
-        for module, training in modes:
-            module.training = training
+        forget_gathered(model)
         for weight, wants, gradient in weights:
             weight.requires_grad_(wants)
             weight.grad = gradient

@@ -26,14 +26,9 @@ def transform(plan: PrunePlan, source: Anatomy, target: Anatomy, reader: Reader)
     The result is contiguous and shares no memory with the source. Raises `ArtifactError` where the plan does not fit.
     """
     check_plan(plan, source, target)
-    prefix = f"{source.family.anchors.layers}."
+    layers = plan.layers
     for name, pattern in target.tensors().items():
-        layer: int | None = None
-        source_name = name
-        if name.startswith(prefix):
-            number, rest = name.removeprefix(prefix).split(".", 1)
-            layer = plan.layers[int(number)]
-            source_name = f"{prefix}{layer}.{rest}"
+        source_name, layer = target.moved(name, layers)
         whole = reader.get(source_name).detach()
         tensor = slice_tensor(whole, pattern, source.sizes, plan.keep_in(layer)).contiguous()
         if tensor.data_ptr() == whole.data_ptr():

@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import inf
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from shearling.arch.axes import parse_pattern
+from shearling.arch.axes import open_positions, parse_pattern
 from shearling.arch.families import Anatomy
 from shearling.errors import NumericsError
 from shearling.io.tensors import MemoryReader
 from shearling.prune.attach import Attachment
+from shearling.prune.transform import Reader
 
 TOLERANCE = 1e-4
 """Largest difference that may be published, relative to the range of the logits, in fp32."""
@@ -49,14 +50,6 @@ class TensorDifference:
     """What was found, in words."""
 
 
-class Weights(Protocol):
-    """Anything that gives a source tensor by name: a reader of files, or of a model in memory."""
-
-    def get(self, name: str) -> Tensor:
-        """The tensor of that name."""
-        ...
-
-
 @torch.no_grad()
 def masked_logits(model: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor], ids_BT: Tensor) -> Tensor:
     """Logits [B, T, V] of the source model with these gates, in its own dtype."""
@@ -66,7 +59,7 @@ def masked_logits(model: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor
 
 
 @contextmanager
-def in_float64(model: nn.Module, weights: Weights) -> Iterator[None]:
+def in_float64(model: nn.Module, weights: Reader) -> Iterator[None]:
     """Let a model, whatever its dtype, compute in fp64 from `weights`, of which one module's at a time are held in fp64.
 
     Its own weights only have to have their names. Norms compute in fp64 too, where the stock ones round to fp32. Gates are
@@ -107,7 +100,7 @@ def in_float64(model: nn.Module, weights: Weights) -> Iterator[None]:
 
 @torch.no_grad()
 def compare_in_float64(
-    model: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor], weights: Weights, cut: nn.Module, ids_BT: Tensor
+    model: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor], weights: Reader, cut: nn.Module, ids_BT: Tensor
 ) -> Difference:
     """Compare the gated and the cut model in fp64.
 
@@ -155,7 +148,7 @@ def require_equal(
         )
 
 
-def blame(masks: Mapping[str, Tensor], source: Anatomy, target: Anatomy, weights: Weights, cut: Mapping[str, Tensor]) -> str:
+def blame(masks: Mapping[str, Tensor], source: Anatomy, target: Anatomy, weights: Reader, cut: Mapping[str, Tensor]) -> str:
     """One sentence on what `worst_tensor` finds, for `require_equal`."""
     worst = worst_tensor(masks, source, target, weights, cut)
     if worst is None:
@@ -165,7 +158,7 @@ def blame(masks: Mapping[str, Tensor], source: Anatomy, target: Anatomy, weights
 
 @torch.no_grad()
 def worst_tensor(
-    masks: Mapping[str, Tensor], source: Anatomy, target: Anatomy, weights: Weights, cut: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor], source: Anatomy, target: Anatomy, weights: Reader, cut: Mapping[str, Tensor]
 ) -> TensorDifference | None:
     """The tensor of a cut model that differs most from what hardened `masks` leave of the source's; None where none differs.
 
@@ -177,33 +170,21 @@ def worst_tensor(
         weights: the source's tensors by their full names.
         cut: the cut model's tensors by their full names, of any dtype and device; names that `target` has not are let be.
     """
-    prefix = f"{source.family.anchors.layers}."
     layers = masks["layer"].flatten().gt(0).nonzero().flatten().tolist() if "layer" in masks else list(range(source.sizes["layer"]))
     worst: TensorDifference | None = None
     for name, pattern in target.tensors().items():
-        number, _, rest = name.removeprefix(prefix).partition(".") if name.startswith(prefix) else ("", "", name)
-        if number and int(number) >= len(layers):
+        number = target.layer_of(name)
+        if number is not None and number >= len(layers):
             return TensorDifference(name, inf, f"the masks leave only {len(layers)} layers")
-        layer = layers[int(number)] if number else None
-        expected = weights.get(f"{prefix}{layer}.{rest}" if number else name).detach()
+        source_name, layer = target.moved(name, layers)
+        expected = weights.get(source_name).detach()
         for dim, axes in enumerate(parse_pattern(pattern)):
-            open_ = _open_positions(axes, source.sizes, masks, layer).to(expected.device)
+            open_ = open_positions(axes, source.sizes, masks, layer).to(expected.device)
             expected = expected[(slice(None),) * dim + (open_,)]
         difference = _tensor_difference(name, expected, cut.get(name))
         if difference and (worst is None or difference.max_abs_difference > worst.max_abs_difference):
             worst = difference
     return worst
-
-
-def _open_positions(axes: tuple[str, ...], sizes: Mapping[str, int], masks: Mapping[str, Tensor], layer: int | None) -> Tensor:
-    """Which positions of a dimension are open, as booleans: those at which the mask of none of its axes is closed."""
-    open_ = torch.ones([sizes[axis] for axis in axes], dtype=torch.bool)
-    for spanned in (("hidden",), ("group",), ("group", "query"), ("neuron",)):
-        axis = spanned[-1]
-        if axis in masks and axis in axes:
-            mask = masks[axis] if layer is None or axis == "hidden" else masks[axis][layer]
-            open_ &= mask.gt(0).cpu().reshape([sizes[a] if a in spanned else 1 for a in axes])
-    return open_.flatten()
 
 
 def _tensor_difference(name: str, expected: Tensor, found: Tensor | None) -> TensorDifference | None:

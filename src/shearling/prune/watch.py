@@ -7,7 +7,7 @@ of entries in all.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -98,14 +98,29 @@ class Watch:
         """`inputs`, `sizes` and `cosines` of `Stats`, from the sums over all batches."""
         sums = views(sums_N, self.shapes)
         means = {name: total / sums["tokens"] for name, total in sums.items()}
+        cosines = {"layer": means["cosines"]} if "cosines" in means else {}
         if "stream" not in means:
-            return {}, {}, {"layer": means["cosines"]} if "cosines" in means else {}
+            return {}, {}, cosines
         inputs = {}
         for what in ("heads", "neurons"):
             mean = means[f"{what} total"]
             inputs[what] = Moments(mean, means[f"{what} absolute"], (means[f"{what} squared"] - mean.square()).clamp(min=0.0))
         sizes = {"heads": means["norms of heads"], "hidden": means["stream"]}
-        return inputs, sizes, {"layer": means["cosines"]} if "cosines" in means else {}
+        return inputs, sizes, cosines
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode and without compiled code, which does not see that hooks come and go; afterwards as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
+    try:
+        model.eval()
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def views(flat_N: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -23,12 +23,12 @@ from shearling.train.config import FitConfig, RuntimeConfig
 from shearling.train.guard import objection, remember
 from shearling.train.log import NoLog, RunLog
 from shearling.train.optim import build_optimizer
-from shearling.train.parallel import forget_gathered, frees_after_forward
+from shearling.train.parallel import frees_after_forward
 from shearling.train.saver import Saver
 from shearling.train.state import pack, unpack
 from shearling.train.step import GateTraining, StepResult, own_rows, train_step
 from shearling.train.stop import signal_name
-from shearling.world import World
+from shearling.world import World, forget_gathered
 
 Losses = dict[str, float]
 

@@ -25,7 +25,7 @@ from shearling.arch.axes import parse_pattern
 from shearling.arch.families import Anatomy
 from shearling.errors import ConfigError, Problem
 from shearling.train.config import LoraConfig
-from shearling.train.parallel import forget_gathered, local
+from shearling.world import forget_gathered, local, whole
 
 _ADAPTER = "default"
 """Peft's name for the one adapter that a layer has."""
@@ -75,7 +75,7 @@ def merge(model: nn.Module) -> nn.Module:
     layers = list(_adapted(model))
     forget_gathered(model)
     for name, layer in layers:
-        a_RI, b_OR = (_whole(factor).float() for factor in _factors(layer))
+        a_RI, b_OR = (whole(factor).float() for factor in _factors(layer))
         product_OI = (b_OR @ a_RI) * layer.scaling[_ADAPTER]
         projection = layer.get_base_layer()
         own = local(projection.weight)
@@ -118,17 +118,13 @@ def _factors(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.lora_A[_ADAPTER].weight, layer.lora_B[_ADAPTER].weight
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _rows_like(tensor: Tensor, whole: Tensor) -> Tensor:
-    """The rows of `whole` that `tensor`, of the same whole shape, has on this process. FSDP2 deals rows as `torch.chunk` does."""
+def _rows_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """The rows of `other`, which is whole, that `tensor`, of its shape, has on this process. FSDP2 deals rows as `torch.chunk` does."""
     if not isinstance(tensor, DTensor):
-        return whole
-    dealt = whole.chunk(tensor.device_mesh.size())
+        return other
+    dealt = other.chunk(tensor.device_mesh.size())
     rank = tensor.device_mesh.get_local_rank()
-    return dealt[rank] if rank < len(dealt) else whole[:0]
+    return dealt[rank] if rank < len(dealt) else other[:0]
 
 
 def _last(name: str) -> str:

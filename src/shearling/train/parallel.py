@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from shearling.errors import ConfigError, Problem
 from shearling.train.config import FitConfig, RuntimeConfig
-from shearling.world import World
+from shearling.world import World, forget_gathered, whole
 
 
 def make_mesh(device: torch.device, world: World) -> DeviceMesh | None:
@@ -64,19 +64,6 @@ def before_backward(model: nn.Module, last: bool, frees: bool) -> None:
         model.set_reshard_after_backward(frees or last)  # type: ignore[operator]
 
 
-def forget_gathered(model: nn.Module) -> None:
-    """Free gathered weights, and put the sharded ones back into the modules: after forward passes without a backward pass, before the
-    parameters are looked at; and after they were written to."""
-    for module in model.modules():
-        if hasattr(module, "reshard"):
-            module.reshard()  # type: ignore[operator]
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The rows of a tensor that lie on this process; all of them where it is not sharded. No copy."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def rows_of(tensor: Tensor, world: World) -> tuple[int, int]:
     """First row and end of what lies on this process. FSDP2 deals rows as `torch.chunk` does."""
     if not isinstance(tensor, DTensor):
@@ -89,13 +76,11 @@ def rows_of(tensor: Tensor, world: World) -> tuple[int, int]:
 def whole_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
     """Name -> whole parameter: not copied on one process; on several, on process 0's CPU, and empty on the others. A collective."""
     forget_gathered(model)
-    if world.size == 1:
-        return {name: parameter.detach() for name, parameter in model.named_parameters()}
     weights = {}
     for name, parameter in model.named_parameters():
-        whole = parameter.detach().full_tensor()  # type: ignore[attr-defined]
+        found = whole(parameter.detach())
         if world.first:
-            weights[name] = whole.cpu()
+            weights[name] = found if world.size == 1 else found.cpu()
     return weights
 
 

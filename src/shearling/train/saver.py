@@ -22,12 +22,14 @@ from shearling.board import opened, sealed, told
 from shearling.errors import PeerError, ShearlingError, StorageError
 from shearling.io.files import TEMPORARY, remove_tree, storage_errors, sweep_temporary
 from shearling.train import checkpoint
-from shearling.train.parallel import local
-from shearling.world import World
+from shearling.world import World, local
 
 
 class Saver:
-    """Use it as a context manager; leaving it waits for what is being written. `warn` tells the user something."""
+    """Use it as a context manager; leaving it waits for what is being written. `warn` tells the user something.
+
+    In a world there is one for each name of a folder (a stage): by that name go the notes on the board.
+    """
 
     def __init__(self, folder: Path, keep: int = 2, world: World | None = None, warn: Callable[[str], None] = lambda text: None) -> None:
         self.folder, self.keep, self.world, self._warn = folder, keep, world or World(), warn
@@ -59,13 +61,14 @@ class Saver:
             return
         mine = {name: tensor.detach() for name, tensor in tensors.items() if isinstance(tensor, DTensor) or self.world.first}
         rows = {name: local(tensor) for name, tensor in mine.items() if not isinstance(tensor, DTensor) or local(tensor).numel()}
+        key = f"save/{self.folder.name}/{self._saves}"
         if background:
             rows = {name: tensor.to("cpu", copy=True) for name, tensor in rows.items()}
-            work = (staged, step, rows, state, f"save/{self.folder.name}/{self._saves}")
+            work = (staged, step, rows, state, key)
             self._thread = threading.Thread(target=self._write, args=work, name="shearling-saver", daemon=True)
             self._thread.start()
         else:
-            self._write(staged, step, rows, state, f"save/{self.folder.name}/{self._saves}")
+            self._write(staged, step, rows, state, key)
             self._look(may_fail)
         self.stall_seconds = time.perf_counter() - began
 
@@ -91,7 +94,7 @@ class Saver:
         elif self._thread is not None and not self._left_alone(error):
             self._thread.join()
 
-    def _left_alone(self, error: BaseException | None) -> bool:
+    def _left_alone(self, error: BaseException) -> bool:
         """Whether another process may be gone, so that the thread would wait for it."""
         return self.world.size > 1 and (isinstance(error, PeerError) or not isinstance(error, ShearlingError))
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from shearling.errors import ArtifactError, Problem
 from shearling.io.tensors import shortened
-from shearling.train.parallel import forget_gathered, local, rows_of
-from shearling.world import World
+from shearling.train.parallel import rows_of
+from shearling.world import World, forget_gathered, local
 
 
 class Saved(Protocol):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from shearling.objectives.lm import Objective
 from shearling.train.guard import objection
-from shearling.train.parallel import before_backward, local
-from shearling.world import World
+from shearling.train.parallel import before_backward
+from shearling.world import World, local
 
 
 class GateTraining(Protocol):
