@@ -15,17 +15,18 @@ from shearling.arch.families import Anatomy
 from shearling.board import alike
 from shearling.data.loader import Loader
 from shearling.export import publish_model
+from shearling.io.loading import NOT_OURS
 from shearling.io.tensors import MemoryReader, ShardWriter
 from shearling.prune import scores
 from shearling.prune.allocate import Masks, adapted, all_open, left, ranked, steadied, to_shape
 from shearling.prune.attach import Attachment
 from shearling.prune.compensate import compensate
-from shearling.prune.gates import Gates
+from shearling.prune.gates import Gates, GateSpec
 from shearling.prune.learn import GateLearner
 from shearling.prune.methods import Choice, choose
 from shearling.prune.plan import PrunePlan, plan_from_masks
 from shearling.prune.rotate import fit_norms, norms_of, principal_rotation, rotate, stream_covariance, tied_rotation
-from shearling.prune.staged import RunningScores, StagedPruner, cut_steps
+from shearling.prune.staged import Kept, RunningScores, StagedPruner, cut_steps, kept_by
 from shearling.prune.stats import Scores
 from shearling.prune.transform import transform
 from shearling.prune.verify import (
@@ -41,8 +42,9 @@ from shearling.prune.verify import (
 from shearling.shapes import shape_of, target_config
 from shearling.stages import VERIFY_SEQUENCES, Context, sample_ids, surroundings
 from shearling.train import checkpoint
-from shearling.train.loop import Progress, Surroundings, fit
+from shearling.train.loop import Progress, Surroundings, fit, newest
 from shearling.train.parallel import whole_weights
+from shearling.train.state import rewritten
 
 
 def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray) -> dict[str, Any]:
@@ -50,31 +52,30 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
     config, began = context.recipe.prune, time.perf_counter()
     choice = choose(config, context.source.anatomy, context.recipe.target)
     anatomy = choice.source
-    model = context.place(context.source.load_model)
     around = surroundings(context, "prune", config, source_result["loss"])
     progress = Progress(shares, around.loader.start(), heldout=dict(source_result["loss"]))
     begun = context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints)))
-    calibration = _Calibration(context, choice, model, around, shares)
-    rotation_error = _rotate(context, model, calibration) if config.rotate != "no" and choice.specs else None
-    with Attachment(model, anatomy) as attachment:
-        make = _learner if choice.method.learns and config.steps else _stager
-        pruner = make(context, choice, model, attachment, calibration, begun)
-        if choice.specs:
-            model.train()
-            progress = fit(model, config, around, progress, pruner)
-            if isinstance(pruner, StagedPruner):
-                pruner.catch_up(config.steps)  # where the last step was skipped
-    model.eval()
+    subject = _Subject(context, choice, context.place(context.source.load_model), around, shares)
+    rotation_error = _rotate(context, subject) if config.rotate != "no" and choice.specs else None
+    if begun and not choice.method.learns:
+        subject.become(_kept_by_newest(anatomy, around))
+    pruner, progress = _train(context, choice, subject, around, progress, begun)
+    while isinstance(pruner, StagedPruner) and progress.step < config.steps and pruner.due():
+        kept = _slice(context, pruner, around, progress.step)
+        del pruner  # and with it the model
+        subject.become(kept)
+        pruner, progress = _train(context, choice, subject, around, progress, True)
+    subject.model.eval()
     masks = pruner.gates.hardened() if isinstance(pruner, GateLearner) else pruner.masks
     target = left(anatomy, masks)
     if config.compensate and choice.specs:
-        _compensate(context, anatomy, model, masks, calibration)
+        _compensate(context, subject, masks)
     made_by = _made_by(context, choice, rotation_error)
     plan = plan_from_masks(anatomy, target, masks, source_result["fingerprint"], made_by)
-    difference = _cut(context, anatomy, model, masks, plan, target)
-    calibration.measurements = pruner.measurements if isinstance(pruner, StagedPruner) else 1  # those of earlier tries, too
-    used = calibration.sequences * context.tokens.sequence_length
-    del model, attachment, pruner, calibration  # before the cut model is loaded
+    difference = _cut(context, subject, masks, plan, target)
+    subject.measurements = pruner.measurements if isinstance(pruner, StagedPruner) else 1  # those of earlier tries, too
+    used = subject.sequences * context.tokens.sequence_length
+    del pruner, subject  # before the cut model is loaded
     return {
         "loss": {
             "before_hardening": progress.heldout if config.steps and choice.specs else None,
@@ -99,6 +100,8 @@ def _made_by(context: Context, choice: Choice, rotation_error: float | None) -> 
         found |= {"gates": config.gates.model_dump(mode="json")}
     elif choice.specs:
         found |= {"cuts": config.cuts} | ({"allocation": choice.allocation.model_dump(mode="json")} if choice.finds_shape else {})
+    if not config.keep_moments:
+        found |= {"keep_moments": False}
     if config.compensate and choice.specs:
         found |= {"compensated_on": config.compensate}
     return found if rotation_error is None else found | {"rotated": config.rotate, "rotation_error": rotation_error}
@@ -108,14 +111,22 @@ _APART = 2**31 - 1
 """Number of the sequences that are not for scores."""
 
 
-class _Calibration:
-    """Training sequences to measure on, in batches of two, and the scores of every unit on them."""
+class _Subject:
+    """The model that is pruned, training sequences to measure it on, in batches of two, and the scores of every unit on them."""
 
     def __init__(self, context: Context, choice: Choice, model: nn.Module, around: Surroundings, shares: np.ndarray) -> None:
-        self._context, self._choice, self._model, self._around, self._shares = context, choice, model, around, shares
+        self._context, self._choice, self._around, self._shares = context, choice, around, shares
+        self.model, self.kept = model, Kept(choice.source, {})
         self.measurements = 0
         """How often scores were measured on sequences, over all tries of this stage."""
         self._others = 0
+
+    def become(self, kept: Kept) -> None:
+        """Let the model be one of what is kept. Where that is another shape, its weights are any, until `fit` restores them."""
+        if kept.anatomy != self.kept.anatomy:
+            del self.model  # before the next is there
+            self.model = self._context.place(partial(_of_shape, self._context, kept, torch.float32))
+        self.kept = kept
 
     @property
     def sequences(self) -> int:
@@ -136,7 +147,7 @@ class _Calibration:
         return self.batches(sequences, _APART, what)
 
     def measure(self, masks: Mapping[str, Tensor], number: int) -> Scores:
-        """By the recipe's scores, with these masks; less what fluctuates over the batches, where the method says so."""
+        """Of the source's units by the recipe's scores, with these masks; less what fluctuates, where the method says so."""
         context, choice = self._context, self._choice
         sequences, which = _sequences(context, choice), f", measurement {number + 1}," if number else ""
         self.measurements = number + 1
@@ -149,35 +160,87 @@ class _Calibration:
     def _compute(self, batches: list[Tensor], masks: Mapping[str, Tensor]) -> Scores:
         context, choice = self._context, self._choice
         specs = {**choice.specs, **({"layer": choice.layers} if "layer" in choice.scores else {})}
+        seed, own_masks = context.recipe.seed, self.kept.narrow(masks)
+
+        def of_model(names: Mapping[str, str], specs: Mapping[str, GateSpec]) -> Scores:
+            anatomy, stop = self.kept.anatomy, context.check_stop
+            return scores.compute(names, self.model, anatomy, specs, context.objective, batches, context.world, stop, seed, own_masks)
+
         with alike():
-            return scores.compute(
-                choice.scores,
-                self._model,
-                choice.source,
-                specs,
-                context.objective,
-                batches,
-                context.world,
-                context.check_stop,
-                context.recipe.seed,
-                masks,
-            )
+            return self.kept.score(choice.scores, specs, of_model, seed)
 
 
-def _learner(
-    context: Context, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
-) -> GateLearner:
+def _train(
+    context: Context, choice: Choice, subject: _Subject, around: Surroundings, progress: Progress, begun: bool
+) -> tuple[GateLearner | StagedPruner, Progress]:
+    """Train under gates or masks for all steps, or until the model is due to be sliced. `begun`: there is a checkpoint to go on from."""
+    config, model = context.recipe.prune, subject.model
+    with Attachment(model, subject.kept.anatomy) as attachment:
+        if choice.method.learns and config.steps:
+            learner = _learner(context, choice, attachment, subject, begun)
+            model.train()
+            return learner, fit(model, config, around, progress, learner) if choice.specs else progress
+        pruner = _stager(context, choice, attachment, subject, begun)
+        if choice.specs:
+            model.train()
+            drop_moments = (lambda: False) if config.keep_moments else (lambda: pruner.made_cut)
+            progress = fit(model, config, around, progress, pruner, until=pruner.due, drop_moments=drop_moments)
+            if progress.step == config.steps:
+                pruner.catch_up(config.steps)  # where the last step was skipped
+        return pruner, progress
+
+
+def _kept_by_newest(source: Anatomy, around: Surroundings) -> Kept:
+    """What of the source is in the checkpoint from which `fit` goes on. A collective."""
+    found = newest(around)
+    paths = [path for path in found.shapes if path.startswith("gates/")] if found else []
+    return kept_by(source, {path.removeprefix("gates/"): found.whole(path) for path in paths} if found else {})
+
+
+def _slice(context: Context, pruner: StagedPruner, around: Surroundings, step: int) -> Kept:
+    """Cut what is closed out of the newest checkpoint, of this step: weights and moments. Returns what is then left of the source.
+
+    It is replaced at once and whole, so after a kill the newest checkpoint is the one or the other, and either leads on to here.
+    """
+    plan, target = pruner.kept.plan(pruner.masks)
+
+    def work() -> None:
+        found = checkpoint.load(around.checkpoints, step)
+        assert found is not None
+        tensors, counts = rewritten(
+            found,
+            found.state["optimizer"],
+            pruner.tensors_once_sliced(),
+            lambda kind: transform(plan, pruner.kept.anatomy, target, kind),
+            lambda name: target.moved(name, plan.layers)[0],
+        )
+        checkpoint.rewrite(found, tensors, {**found.state, "optimizer": counts}, around.runtime.keep_checkpoints)
+
+    context.world.rank0_decides(work)
+    context.show.note(f"the model is sliced after step {step}: {target.parameters():,} parameters train on")
+    return Kept(pruner.source, pruner.masks)
+
+
+def _of_shape(context: Context, kept: Kept, dtype: torch.dtype) -> nn.Module:
+    """A stock model of what is kept, on the CPU, with any weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = target_config(context.source.config, kept.source, kept.anatomy, kept.layers)
+    plain = {key: value for key, value in values.items() if key not in (*NOT_OURS, "dtype", "torch_dtype")}
+    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain), dtype=dtype)
+    return model.eval()
+
+
+def _learner(context: Context, choice: Choice, attachment: Attachment, subject: _Subject, begun: bool) -> GateLearner:
     config, seed = context.recipe.prune, context.recipe.seed
     gates = Gates(choice.specs).to(context.device)
     learner = GateLearner(gates, attachment, config.gates, steps=config.steps, warmup=round(config.warmup * config.steps), seed=seed)
     if choice.specs and not begun and config.gates.start != "constant":
-        learner.start_from(calibration.measure({}, 0))
+        learner.start_from(subject.measure({}, 0))
     return learner
 
 
-def _stager(
-    context: Context, choice: Choice, model: nn.Module, attachment: Attachment, calibration: _Calibration, begun: bool
-) -> StagedPruner:
+def _stager(context: Context, choice: Choice, attachment: Attachment, subject: _Subject, begun: bool) -> StagedPruner:
     config, source, rule = context.recipe.prune, choice.source, choice.allocation
     full = source.parameters()
 
@@ -190,17 +253,20 @@ def _stager(
                 return adapted(source, masks, found, budget, rule, state_L)
             return to_shape(masks, found, choice.specs, share), True
 
-    running = RunningScores(choice.scores, model, source, choice.specs) if choice.method.from_training and choice.specs else None
+    from_training = choice.method.from_training and choice.specs
+    running = RunningScores(choice.scores, subject.model, source, choice.specs, subject.kept) if from_training else None
     at = cut_steps(config.steps, config.cuts, config.share, at_start=running is None) if choice.specs else []
     pruner = StagedPruner(
         source,
         attachment,
         all_open(source, choice.specs),
         cut=cut,
-        measure=calibration.measure,
+        measure=subject.measure,
         at=at,
         running=running,
         device=context.device,
+        kept=subject.kept,
+        slice_every=config.slice_every,
     )
     if not begun:
         pruner.catch_up(0)
@@ -215,10 +281,10 @@ def _sequences(context: Context, choice: Choice) -> int:
     return context.recipe.prune.gates.calibration_sequences
 
 
-def _rotate(context: Context, model: nn.Module, calibration: _Calibration) -> float:
+def _rotate(context: Context, subject: _Subject) -> float:
     """Turn the stream to its principal axes; how far that is from the function as it was, relative to the logits."""
-    config, anatomy = context.recipe.prune, context.source.anatomy
-    batches = calibration.others(config.gates.calibration_sequences, "turning the stream to its principal axes")
+    config, anatomy, model = context.recipe.prune, context.source.anatomy, subject.model
+    batches = subject.others(config.gates.calibration_sequences, "turning the stream to its principal axes")
     covariance_DD = stream_covariance(model, anatomy, batches, between=context.check_stop)
     if config.rotate == "untied" or not anatomy.flags["tie_word_embeddings"]:
         rotate(model, anatomy, principal_rotation(covariance_DD), untie=True)
@@ -229,9 +295,10 @@ def _rotate(context: Context, model: nn.Module, calibration: _Calibration) -> fl
     return fitted.error
 
 
-def _compensate(context: Context, anatomy: Anatomy, model: nn.Module, masks: Mapping[str, Tensor], calibration: _Calibration) -> None:
-    """Put weights in the place of those of norms and output projections, so that what is kept stands in for what is gone."""
-    batches = calibration.others(context.recipe.prune.compensate, "fitting what is kept to what is gone")
+def _compensate(context: Context, subject: _Subject, masks: Mapping[str, Tensor]) -> None:
+    """Put weights in the place of those of norms and output projections, so that what is kept stands in for what is closed."""
+    model, anatomy, masks = subject.model, subject.kept.anatomy, subject.kept.narrow(masks)
+    batches = subject.others(context.recipe.prune.compensate, "fitting what is kept to what is gone")
     fitted = fit_norms(model, anatomy, masks["hidden"], batches, context.check_stop) if "hidden" in masks else {}
     with torch.no_grad():
         for name, weight in fitted.items():
@@ -240,18 +307,20 @@ def _compensate(context: Context, anatomy: Anatomy, model: nn.Module, masks: Map
             model.get_parameter(name).copy_(weight)
 
 
-def _cut(
-    context: Context, anatomy: Anatomy, model: nn.Module, masks: Mapping[str, Tensor], plan: PrunePlan, target: Anatomy
-) -> dict[str, float]:
-    """Write `pruned/` and `plan.json` from the trained weights, and publish only what computes what the gated model does."""
-    ids = sample_ids(context)
-    masks = {axis: mask.to(context.device) for axis, mask in masks.items()}
+def _cut(context: Context, subject: _Subject, masks: Mapping[str, Tensor], plan: PrunePlan, target: Anatomy) -> dict[str, float]:
+    """Write `pruned/` and `plan.json` from the trained weights, and publish only what computes what the gated model does.
+
+    `masks` and `plan` are of the source's units; what is cut is what slicing has left in the model.
+    """
+    ids, kept, model = sample_ids(context), subject.kept, subject.model
+    anatomy, (rest, _) = kept.anatomy, kept.plan(masks)
+    masks = {axis: mask.to(context.device) for axis, mask in kept.narrow(masks).items()}
     expected = masked_logits(model, anatomy, masks, ids)
     reader = MemoryReader(whole_weights(model, context.world))
     found: dict[str, float] = {}
 
     def write(writer: ShardWriter) -> None:
-        for name, tensor in transform(plan, anatomy, target, reader):
+        for name, tensor in transform(rest, anatomy, target, reader):
             writer.add(name, tensor)
 
     def verify(cut: nn.Module) -> None:
@@ -261,7 +330,7 @@ def _cut(
         if TOLERANCE < difference.relative_difference <= ROUNDING:
             context.show.note(f"logits differ by {difference.relative_difference:.1g} of their range in fp32: comparing in fp64")
             whole = context.world.size == 1
-            gated = model if whole else context.source.load_model(torch.bfloat16).to(context.device)
+            gated = model if whole else _of_shape(context, kept, torch.bfloat16).to(context.device)
             exact = compare_in_float64(gated, anatomy, masks, reader, cut, ids)
             found["relative_difference_float64"] = exact.relative_difference
             require_equal(exact, TOLERANCE_FLOAT64, "in fp64, the gated model and the cut model", detail)
@@ -270,7 +339,7 @@ def _cut(
 
     def publish() -> dict[str, float]:
         final = context.path / "pruned"
-        values = target_config(context.source.config, anatomy, target, plan.layers)
+        values = target_config(context.source.config, kept.source, target, plan.layers)
         publish_model(write, values, context.source.save_companions, final, torch.float32, verify, replace=final.exists())
         plan.save(context.path / "plan.json")
         return found

@@ -36,6 +36,11 @@ class PruneConfig(FitConfig):
     """In how many cuts a method that does not learn gates reaches the target, each with scores of its own."""
     share: Literal["constant", "linear"] = "constant"
     """Steps after each cut: equally many, or growing linearly (Adapt-Pruner's)."""
+    slice_every: Annotated[int, Field(ge=0)] = 0
+    """Every how many cuts the model in training becomes smaller itself, moments included, where blocks stay alike: the same results,
+    faster. 0: only at the end."""
+    keep_moments: bool = True
+    """Keep Adam's moments of what is left at every cut; false: they begin anew (as in Adapt-Pruner's code)."""
     batch_size: Count = 32
     """Sequences of one step."""
     microbatches: Count = 8

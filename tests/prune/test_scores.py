@@ -19,7 +19,7 @@ from shearling.prune.gates import GateSpec, gate_specs
 from shearling.prune.scores import SCORES, Scores, compute
 from shearling.prune.stats import NEEDS
 from shearling.shapes import PRUNABLE
-from tiny_gates import specs_of
+from tiny_gates import random_masks, specs_of
 
 BATCHES = [torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
 Piece = tuple[str, int, slice | int]
@@ -314,6 +314,20 @@ def test_chance_follows_from_the_seed_and_the_axis() -> None:
     assert all(torch.equal(one[axis], same[axis]) and not torch.equal(one[axis], other[axis]) for axis in PRUNABLE)
     assert torch.equal(scored("random", model, ["neuron"], seed=1)["neuron"], one["neuron"])
     assert all((one[axis] >= 0).all() and (one[axis] < 1).all() for axis in PRUNABLE)
+
+
+def test_fused_does_not_change_its_scale_where_gates_are_closed() -> None:
+    """So that axes compare as in a model from which what is closed was cut."""
+    model = tiny_model("qwen3")
+    source, specs = specs_of("qwen3")
+    masks = random_masks(source, source.with_sizes(layer=2, hidden=24, group=2, query=1, neuron=20), seed=3)
+    found = compute(dict.fromkeys(specs, "fused"), model, source, specs, token_losses, BATCHES, masks=masks)
+    for axis, values in found.items():
+        open_ = masks[axis]
+        for around in {"group": ("layer",), "query": ("layer", "group"), "neuron": ("layer",)}.get(axis, ()):
+            open_ = open_ * masks[around].reshape(*masks[around].shape, *[1] * (open_.dim() - masks[around].dim()))
+        assert values[open_ > 0].mean() == pytest.approx(1, rel=1e-4)
+        assert not values[open_ == 0].any()
 
 
 def test_many_scores_take_one_pass() -> None:

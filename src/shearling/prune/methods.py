@@ -190,6 +190,24 @@ class Choice:
         return self.method.rule != "shape"
 
 
+def _on_the_way(prune: PruneConfig, method: Method, uniform: bool) -> list[Problem]:
+    """What is wrong about what is asked for of the cuts that are made along training."""
+    found, problems = str(prune.slice_every), []
+    if prune.slice_every and method.learns:
+        remedy = f"The method {method.name} makes one cut, at the end: leave it out."
+        problems.append(Problem("prune.slice_every", found, remedy))
+    elif prune.slice_every and not uniform:
+        also = "leave it out" if method.rule == "adapted" else "take prune.shape uniform, or leave it out"
+        problems.append(Problem("prune.slice_every", found, f"Only a model whose blocks stay alike is sliced on the way: {also}."))
+    elif prune.slice_every and not prune.steps:
+        remedy = "It makes training after a cut faster, and nothing is trained in 0 steps: give prune.steps, or leave it out."
+        problems.append(Problem("prune.slice_every", found, remedy))
+    if not prune.keep_moments and method.learns:
+        remedy = f"The method {method.name} makes no cut along training: leave it out."
+        problems.append(Problem("prune.keep_moments", "false", remedy))
+    return problems
+
+
 def choose(prune: PruneConfig, source: Anatomy, asked: Target | None) -> Choice:
     """What the prune section of a recipe means for a source. Raises `ConfigError` or `ShapeError`."""
     method, wanted = find(prune.method), asked or Target()
@@ -219,6 +237,8 @@ def choose(prune: PruneConfig, source: Anatomy, asked: Target | None) -> Choice:
     if method.from_training and not prune.steps and asked is not None:
         remedy = f"The method {method.name} scores by training's own gradients: give the number of steps."
         problems.append(Problem("prune.steps", "0", remedy))
+    if asked is not None:
+        problems += _on_the_way(prune, method, uniform)
     if problems:
         raise ConfigError("this method cannot be used so", problems)
     target = source if finds else target_anatomy(source, wanted, axes)

@@ -192,17 +192,27 @@ def taylor_element_mixed(stats: Stats) -> Scores:
 
 @score("fused", paper="after SAAP, arXiv 2412.15127", needs={"weights", "weight_gradients"}, axes=EVERY)
 def fused(stats: Stats) -> Scores:
-    """Vector and element Taylor fused: the mean of both, each divided by its own mean over all gates of the axis.
+    """Vector and element Taylor fused: the mean of both, each divided by its own mean over the open gates of the axis.
 
     SAAP takes the two importances for Gaussian observations with noises s1 and s2 of their own, I_v / (2 s1^2) + I_e / (2 s2^2) +
     log(s1 s2). What is ours: s1 and s2 are not learned, but are where the sum over an axis is least, s^2 = mean of I, so the fusion
     does not change with the scale of either; the logarithm is then one constant for the axis, and is left out; and both importances
-    are of first order. No unit; the mean over the axis is 1.
+    are of first order. No unit; the mean over the open gates of the axis is 1.
     """
     vector, element = (
-        {axis: values / values.mean().clamp(min=_TINY) for axis, values in f(stats).items()} for f in (taylor_vector, taylor_element)
+        {axis: values / _mean_of_open(stats, axis, values).clamp(min=_TINY) for axis, values in f(stats).items()}
+        for f in (taylor_vector, taylor_element)
     )
     return {axis: (vector[axis] + element[axis]) / 2 for axis in stats.specs}
+
+
+def _mean_of_open(stats: Stats, axis: str, values: Tensor) -> Tensor:
+    """Mean over the gates of an axis that the masks leave open, and that are not in a block or group that they close."""
+    around = {"group": ("layer",), "query": ("layer", "group"), "neuron": ("layer",)}.get(axis, ())
+    open_ = torch.ones_like(values)
+    for mask in (stats.masks[name].to(values) for name in (*around, axis) if name in stats.masks):
+        open_ = open_ * mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim()))
+    return (values * open_).sum() / open_.sum().clamp(min=1)
 
 
 @score("magnitude-l1", paper="Li et al. 2017, arXiv 1608.08710", needs={"weights"}, axes=EVERY)

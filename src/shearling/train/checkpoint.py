@@ -15,6 +15,7 @@ Format 1 held every tensor whole, in `tensors*.safetensors`; it is read still.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -27,7 +28,17 @@ from typing import TYPE_CHECKING, Any
 
 from shearling.board import told
 from shearling.errors import ArtifactError, NewerFormatError, Problem
-from shearling.io.files import parse_json, read_json, remove_tree, replace_directory, safe_join, sha256_file, storage_errors, write_atomic
+from shearling.io.files import (
+    parse_json,
+    read_json,
+    remove_tree,
+    replace_directory,
+    safe_join,
+    sha256_file,
+    stage_directory,
+    storage_errors,
+    write_atomic,
+)
 from shearling.io.tensors import TensorReader, write_tensors
 from shearling.world import World
 
@@ -109,6 +120,20 @@ def publish(staged: Path, step: int, parts: list[dict[str, Any]], state: Mapping
     replace_directory(staged, final)
     delete_old(staged.parent, step, max(keep, 2))
     return final
+
+
+def rewrite(found: Checkpoint, tensors: Mapping[str, Tensor], state: Mapping[str, Any], keep: int) -> Path:
+    """Put another checkpoint of the same step in the place of one that was found, at once and whole; then as `publish`.
+
+    From process 0 alone, under the run's lock; `tensors` are whole. Raises `StorageError` where there is no room for both for a moment.
+    """
+    staged = stage_directory(found.path)
+    try:
+        return publish(staged, found.step, [write_part(staged, 0, tensors)], state, keep)
+    except BaseException:
+        with contextlib.suppress(OSError):  # the next one who saves sweeps
+            remove_tree(staged)
+        raise
 
 
 def load(folder: Path, step: int | None = None, world: World | None = None) -> Checkpoint | None:

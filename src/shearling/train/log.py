@@ -5,6 +5,7 @@ everything else is there when it was measured:
 
     domain_loss, weights, heldout, reference   {domain: x}; heldout and reference in nats per token, heldout with its "mean"
     sizes         {axis: {"expected", "target" (as scheduled), "worst" (largest distance of a vector of the axis from target)}}
+    parameters    what the masks of a method that cuts in stages leave; model_parameters: of the model that trains, where it is sliced
     multipliers   {axis: {"lambda_1", "lambda_2"}} or, of projected gates, {axis: {"shift"}}
     learning_rate {"weights", "gates"}
     gradient_norm, tokens (so far in the stage), tokens_per_second, seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from shearling.io.files import sweep_temporary
 from shearling.objectives.lm import Objective
 from shearling.schedules import cosine_with_warmup
 from shearling.train import checkpoint
+from shearling.train.checkpoint import Checkpoint
 from shearling.train.config import FitConfig, RuntimeConfig
 from shearling.train.guard import objection, remember
 from shearling.train.log import NoLog, RunLog
@@ -118,16 +120,32 @@ class Surroundings:
         """Folder of this stage's checkpoints."""
         return self.run_dir / "checkpoints" / self.stage
 
+    @cached_property
+    def saver(self) -> Saver:
+        """What saves them, of every `fit` of the stage: by the number of its saves go the notes that processes leave one another."""
+        return Saver(self.checkpoints, self.runtime.keep_checkpoints, self.world, self.note)
+
 
 _SAVE_FAILED, _LOG_FAILED = 1000, 2000
 """What one process may have met since the last step; they stand beside the numbers of signals, which are smaller."""
 
 
-def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progress, gates: LearnedGates | None = None) -> Progress:
+def fit(
+    model: nn.Module,
+    config: FitConfig,
+    around: Surroundings,
+    start: Progress,
+    gates: LearnedGates | None = None,
+    *,
+    until: Callable[[], bool] = lambda: False,
+    drop_moments: Callable[[], bool] = lambda: False,
+) -> Progress:
     """Train `model` in place for `config.steps` steps, from the newest checkpoint if there is one, and return where it stands.
 
     `start.heldout` are the model's held-out losses before the first step, measured by the stage before. On several processes each
-    calls it with its part of the model; what is decided is the same on all.
+    calls it with its part of the model; what is decided is the same on all. `until`: asked before every step whether to return already;
+    what was done is then saved, and another call goes on from there. `drop_moments`: asked after every step that was not skipped whether
+    the optimizer begins anew, with moments of 0.
     Raises `Stopped` after saving where a signal asked for it, `NumericsError` where too many steps in a row were bad.
     """
     forget_gathered(model)  # of forward passes before, which would stand in the place of the parameters
@@ -138,7 +156,7 @@ def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progre
     found_at, logged = progress.step, progress.step - (progress.unlogged is not None)
 
     with (
-        Saver(around.checkpoints, runtime.keep_checkpoints, world, around.note) as saver,
+        around.saver as saver,
         world.everywhere(lambda: _log(around, logged)) as log,
     ):
 
@@ -151,7 +169,7 @@ def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progre
             if around.reweigh_first and restored is None:
                 progress.weights = around.reweigh(progress.weights, progress.heldout)
             log.step({"step": 0, "heldout": progress.heldout, "weights": _named(around, progress.weights), "reference": around.reference})
-        while progress.step < config.steps or progress.unlogged is not None:
+        while (progress.step < config.steps and not until()) or progress.unlogged is not None:
             asked = world.largest(max(_LOG_FAILED * log.failed, _SAVE_FAILED * saver.failed, world.signal()))
             if asked >= _LOG_FAILED:
                 world.rank0_decides(log.check)
@@ -167,7 +185,7 @@ def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progre
                 )
             if progress.unlogged is None:
                 with world.watched():
-                    progress.unlogged = _step(model, optimizer, config, around, progress, gates)
+                    progress.unlogged = _step(model, optimizer, config, around, progress, gates, drop_moments)
             line = dict(progress.unlogged)
             if progress.step % config.evaluate_every == 0 or progress.step == config.steps:
                 try:
@@ -181,10 +199,10 @@ def fit(model: nn.Module, config: FitConfig, around: Surroundings, start: Progre
             if "skipped" in line:
                 saver.settle()  # so that the newest checkpoint is there to be named
                 _refuse_bad_steps(progress, config, around, line)
-            if runtime.save_every and progress.step % runtime.save_every == 0 and progress.step < config.steps:
+            if runtime.save_every and progress.step % runtime.save_every == 0 and progress.step < config.steps and not until():
                 save(background=runtime.async_save, may_fail=True)
         world.rank0_decides(log.check)
-        if runtime.save_every and found_at < config.steps:
+        if progress.step < config.steps or (runtime.save_every and found_at < config.steps):
             save()
     return progress
 
@@ -196,6 +214,7 @@ def _step(
     around: Surroundings,
     progress: Progress,
     gates: LearnedGates | None,
+    drop_moments: Callable[[], bool],
 ) -> dict[str, Any]:
     """Take the next step; returns what is logged of it."""
     began = time.perf_counter()
@@ -221,6 +240,8 @@ def _step(
     progress.step, progress.cursors = step, batch.cursors
     progress.tokens += result.tokens
     if result.skipped is None:
+        if drop_moments():
+            optimizer.state.clear()
         progress.bad_steps = 0
         if config.skip_spikes is not None:
             progress.recent = remember(progress.recent, result.loss, config.spike_window)
@@ -283,9 +304,14 @@ def _samples(batch: Batch, domains: list[str]) -> dict[str, str]:
     return {domains[d]: " ".join(map(str, batch.samples[batch.domains == d])) for d in np.unique(batch.domains)}
 
 
+def newest(around: Surroundings) -> Checkpoint | None:
+    """The checkpoint from which `fit` goes on, None where there is none; brings back what a kill left aside. A collective."""
+    around.world.rank0_decides(lambda: len(sweep_temporary(around.checkpoints)))
+    return checkpoint.load(around.checkpoints, world=around.world)
+
+
 def _restore(model: nn.Module, optimizer: torch.optim.Optimizer, around: Surroundings, gates: LearnedGates | None) -> Progress | None:
-    around.world.rank0_decides(lambda: len(sweep_temporary(around.checkpoints)))  # brings back what a kill left aside
-    found = checkpoint.load(around.checkpoints, world=around.world)
+    found = newest(around)
     if found is None:
         return None
     around.world.everywhere(lambda: unpack(found, found.state["optimizer"], model, optimizer, gates, around.world))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -99,6 +100,39 @@ def unpack(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     if gates is not None:
         gates.load({path.removeprefix("gates/"): saved.whole(path) for path in saved.shapes if path.startswith("gates/")})
+
+
+@dataclass(frozen=True)
+class SavedKind:
+    """The tensors of one kind of a checkpoint, the weights or one of their moments, by the parameters' names."""
+
+    saved: Saved
+    prefix: str
+
+    def get(self, name: str) -> Tensor:
+        """That of a parameter, whole."""
+        return self.saved.whole(self.prefix + name)
+
+
+def rewritten(
+    saved: Saved,
+    scalars: Mapping[str, Any],
+    gates: Mapping[str, Tensor],
+    change: Callable[[SavedKind], Iterable[tuple[str, Tensor]]],
+    formerly: Callable[[str], str],
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `pack` would give of the same moment of a stage with other weights and gates.
+
+    `change`: (tensors of one kind) -> (name, tensor) of every parameter that there then is; weights and moments go through it alike.
+    `formerly`: its name before, by which it keeps its count of steps.
+    """
+    kinds = {"model/"} | {"/".join(path.split("/")[:2]) + "/" for path in saved.shapes if path.startswith("optimizer/")}
+    tensors: dict[str, Tensor] = {}
+    for prefix in sorted(kinds):
+        tensors |= {prefix + name: tensor for name, tensor in change(SavedKind(saved, prefix))}
+    names = [path.removeprefix("model/") for path in tensors if path.startswith("model/")]
+    counts = {key: {name: values[formerly(name)] for name in names if formerly(name) in values} for key, values in scalars.items()}
+    return tensors | {f"gates/{name}": tensor for name, tensor in gates.items()}, counts
 
 
 def _check(saved: Saved, scalars: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], gates: SavedGates | None) -> None:
