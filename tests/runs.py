@@ -16,18 +16,20 @@ from typing import Any
 from shearling.show import Silent
 
 DOMAINS = ("a", "b")
+CLOCK = ("seconds", "evaluation_seconds", "tokens_per_second")
+"""What depends on the clock in a line of a log."""
 TARGET = {"num_hidden_layers": 2, "hidden_size": 36, "num_attention_heads": 3, "intermediate_size": 24}
 WHOLE_VALUES: dict[str, Any] = {
     "source": "owner/model",
     "target": {"num_hidden_layers": 2, "hidden_size": 36, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 24},
     "data": {
         "domains": {
-            "web": {"train": ["/text/web.jsonl"], "weight": 1.0},
-            "hub": {"dataset": "owner/text", "subset": "en", "revision": "main", "weight": 2.0},
+            "web": {"train": ["/text/web.jsonl"], "weight": 1.0, "where": {"key": ["a"]}},
+            "hub": {"dataset": "owner/text", "subset": "en", "revision": "main", "weight": 2.0, "where": {"key": [1]}},
         },
         "root": "/text",
     },
-    "mixture": {"update": "static"},
+    "mixture": {"update": "static", "reference": {"power_law": "/points.csv"}, "floor": 0.1},
     "train": {"lora": {}},
 }
 """Plain values of a recipe of which every field can have another value; it is not there to be run."""
@@ -79,7 +81,7 @@ def unfinished(out: Path, *stages: str) -> Path:
 def metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's log without what depends on the clock."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_second")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
 
 class Notes(Silent):

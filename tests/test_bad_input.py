@@ -212,10 +212,10 @@ def test_a_damaged_shard_of_tokens(run: Command, good: dict[str, Any]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert not ended.value.code
-    shard = run.out / "data" / "a.train.bin"
+    shard = run.out / "data" / "a.train.00000.bin"
     shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
     code, message = run("run", str(recipe), "--out", str(run.out))
-    assert code == 3 and "a.train.bin" in message and message.count("error:") == 1
+    assert code == 3 and "a.train.00000.bin" in message and message.count("error:") == 1
     assert not (run.out / "pruned").exists()
 
 

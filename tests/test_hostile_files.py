@@ -89,7 +89,7 @@ def litter(folder: Path, payloads: dict[str, bytes]) -> list[Path]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    return Path(shutil.copytree(FIXTURES / "data-1", tmp_path / "data"))
+    return Path(shutil.copytree(FIXTURES / "data-2", tmp_path / "data"))
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_pickles_under_the_names_of_sound_files(
         replaced(source / name, ArtifactError, load_stock, source, torch.float32, "pruned")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         replaced(source / name, ArtifactError, lambda: open_source(source).tokenizer())
-    for name in ("manifest.json", "web.train.bin", "code.heldout.bin"):
+    for name in ("manifest.json", "web.train.00000.bin", "code.heldout.00000.bin"):
         replaced(data / name, ArtifactError, open_tokens, data)
     open_tokens(data)  # enters what it verified in a file of its own
     for path in data.glob(".*"):
@@ -251,12 +251,13 @@ def told(data: bytes) -> dict[str, Any]:
 def test_pickles_that_a_manifest_vouches_for(data: Path, checkpoints: Path, payloads: dict[str, bytes], sentinel: Path, kind: str) -> None:
     """With the right size and hash: token shards are read as plain numbers, and of a checkpoint only tensors and JSON are."""
     rows = payloads[kind] + b"\0" * (-len(payloads[kind]) % 16)
-    (data / "web.train.bin").write_bytes(rows)
+    (data / "web.train.00000.bin").write_bytes(rows)
     manifest = json.loads((data / "manifest.json").read_text())
-    manifest["domains"]["web"]["sha256"]["train"] = hashlib.sha256(rows).hexdigest()
-    manifest["domains"]["web"]["train_sequences"] = len(rows) // 16
+    facts, number = manifest["domains"]["web"], len(rows) // 16
+    facts["shards"]["train"][0] |= {"sha256": hashlib.sha256(rows).hexdigest(), "sequences": number}
+    facts["train_sequences"] = number
     (data / "manifest.json").write_text(json.dumps(manifest))
-    assert open_tokens(data).sequences("web", "train").tobytes() == rows
+    assert open_tokens(data).sequences("web", "train")[:].tobytes() == rows
     (data / "manifest.json").write_text(json.dumps(manifest | {"dtype": "|O"}))
     refused(ArtifactError, open_tokens, data)
     step = checkpoints / f"step-{STEP:08d}"
@@ -297,28 +298,35 @@ def test_nothing_in_the_package_unpickles_or_unpacks() -> None:
                     assert any(keyword.arg == "Loader" and "UniqueKeyLoader" in ast.unparse(keyword.value) for keyword in node.keywords)
 
 
-def test_prepared_text_of_format_1(data: Path) -> None:
-    """The folder that the first version wrote is read, every row of it."""
+def test_prepared_text_of_format_1(tmp_path: Path) -> None:
+    """The folder that the first version wrote is refused: its shards are not those of today."""
+    message = refused(ArtifactError, open_tokens, Path(shutil.copytree(FIXTURES / "data-1", tmp_path / "old")))
+    assert "format: found 1" in message and "reads format 2" in message and "prepare the data again" in message
+
+
+def test_prepared_text_of_format_2(data: Path) -> None:
+    """The folder that the first version of this format wrote is read, every row of it."""
     tokens = open_tokens(data)
-    rows = {(domain, split): tokens.sequences(domain, split).tolist() for domain in tokens.domains for split in ("train", "heldout")}
+    rows = {(domain, split): tokens.sequences(domain, split)[:].tolist() for domain in tokens.domains for split in ("train", "heldout")}
     assert rows == {
-        ("web", "train"): [[3, 4, 5, 6, 7, 8, 1, 10], [11, 12, 13, 14, 15, 16, 1, 17], [18, 19, 20, 21, 22, 23, 24, 1]],
-        ("web", "heldout"): [[40, 1, 35, 1, 30, 1, 25, 1]],
-        ("code", "train"): [[40, 41, 42, 43, 44, 45, 1, 47], [48, 49, 50, 51, 52, 53, 1, 54], [55, 56, 57, 58, 59, 60, 61, 1]],
-        ("code", "heldout"): [[77, 1, 72, 1, 67, 1, 62, 1]],
+        ("web", "train"): [[0, 3, 4, 5, 6, 7, 8, 9], [10, 1, 0, 10, 11, 12, 13, 14], [15, 16, 17, 18, 1, 0, 17, 18]],
+        ("web", "heldout"): [[11, 1, 19, 1, 27, 1, 35, 1]],
+        ("code", "train"): [[0, 40, 41, 42, 43, 44, 45, 46], [47, 1, 0, 47, 48, 49, 50, 51], [52, 53, 54, 55, 1, 0, 54, 55]],
+        ("code", "heldout"): [[48, 1, 56, 1, 64, 1, 72, 1]],
     }
-    assert tokens.domains == ("web", "code") and (tokens.sequence_length, tokens.vocab_size) == (8, 96)
+    assert tokens.domains == ("web", "code") and (tokens.sequence_length, tokens.vocab_size, tokens.document_end) == (8, 96, 1)
     facts = tokens.manifest["domains"]["web"]
-    counts = {"documents": 3, "heldout_documents": 4, "duplicate_documents": 0, "overlapping_documents": 0, "tokens": 32, "bytes": 231}
+    counts = {"documents": 3, "heldout_documents": 4, "duplicate_documents": 0, "overlapping_documents": 0, "tokens": 32, "bytes": 181}
     assert facts.items() >= counts.items()
-    assert facts["notes"][1] == "web: 1 of 2 held-out sequences could be filled."
-    assert tokens.manifest["fingerprint"] == "6151cb2c44f5c50d769c08d6ed1adae607ade52ba329ffe96af31f17c04455a9"
+    (note,) = facts["notes"]
+    assert note == "web: 24 documents are too few to hold out whole ones, so the last part of each, at most a tenth, is held out."
+    assert tokens.manifest["fingerprint"] == "d8b13477e6b34965e05dad6e6dbe7767fa575f32c0258e6a22a626eefb629fa0"
     assert tokens.manifest["settings"]["seed"] == 17
 
 
-@pytest.mark.parametrize("version", [2, 17])
+@pytest.mark.parametrize("version", [3, 17])
 def test_prepared_text_of_a_newer_version_is_refused_naming_both(data: Path, version: int) -> None:
     manifest = json.loads((data / "manifest.json").read_text())
     (data / "manifest.json").write_text(json.dumps(manifest | {"format": version}))
     message = refused(ArtifactError, open_tokens, data)
-    assert str(version) in message and "reads format 1" in message
+    assert str(version) in message and "reads format 2" in message

@@ -251,7 +251,7 @@ def test_the_plan_shows_memory_and_disk(tmp_path: Path) -> None:
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_other_shards_than_the_run_was_begun_with(domain: str, split: str, copy: Path, values: dict[str, Any], no_model: None) -> None:
     unfinished(copy, "train", "evaluate")
-    shard, manifest = copy / "data" / f"{domain}.{split}.bin", copy / "data" / "manifest.json"
+    shard, manifest = copy / "data" / f"{domain}.{split}.00000.bin", copy / "data" / "manifest.json"
     before = sha256_file(shard)
     shard.write_bytes(shard.read_bytes()[::-1])
     manifest.write_text(manifest.read_text().replace(before, sha256_file(shard)))
@@ -269,7 +269,7 @@ def test_every_field_of_the_ledger_of_text(copy: Path) -> None:
         (lambda facts: facts.update(sequence_length=64), ["data.sequence_length"]),
         (lambda facts: facts["domains"].pop("a"), ["data.a.heldout", "data.a.train"]),
         (lambda facts: facts["domains"].update(c=facts["domains"]["a"]), ["data.c.heldout", "data.c.train"]),
-        (lambda facts: facts["domains"]["b"]["sha256"].update(train="0" * 64), ["data.b.train"]),
+        (lambda facts: facts["domains"]["b"]["shards"]["train"][0].update(sha256="0" * 64), ["data.b.train"]),
     ]
     for change, fields in changes:
         changed = json.loads(sound)
@@ -310,10 +310,10 @@ def test_the_fingerprint_sees_another_source(values: dict[str, Any], tmp_path: P
 
 def test_preparing_again_mends_a_damaged_shard(copy: Path, values: dict[str, Any]) -> None:
     unfinished(copy, "train", "evaluate")
-    shard = copy / "data" / "a.train.bin"
+    shard = copy / "data" / "a.train.00000.bin"
     good = shard.read_bytes()
     shard.write_bytes(bytes([good[0] ^ 1]) + good[1:])
-    with pytest.raises(ArtifactError, match=r"a\.train\.bin"):
+    with pytest.raises(ArtifactError, match=r"a\.train\.00000\.bin"):
         shearling.run(values, copy)
     ledger = (copy / "stages" / "prepare.json").read_bytes()
     shearling.prepare(values, copy)

@@ -105,12 +105,14 @@ def signal_rank_1_while_preparing(rank: int) -> None:
 
         stages.prepare_data = prepare_data
     else:
+        from shearling.data.pack import Progress
+
         tokenise = stages.prepare
 
-        def prepare(*args: Any, progress: Callable[[str, int, int], None], **kwargs: Any) -> Any:
+        def prepare(*args: Any, progress: Callable[[Progress], None], **kwargs: Any) -> Any:
             end = time.monotonic() + 20
             while time.monotonic() < end:
-                progress("a", 0, 0)
+                progress(Progress("a", 0, 0, 0.0, 0.0, None, None))
                 time.sleep(0.05)
             return tokenise(*args, progress=progress, **kwargs)
 

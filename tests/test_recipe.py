@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -155,6 +155,8 @@ def leaves(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, Any]]:
         if inner:
             within = f"{path}{name}.*." if inner == [DomainConfig] else f"{path}{name}."
             yield from leaves(inner[0], within)
+        elif get_origin(field.annotation) is dict:  # whose keys are the user's: in the base recipe there is one
+            yield f"{path}{name}.key", get_args(field.annotation)[1]
         else:
             yield f"{path}{name}", field.annotation
 
@@ -202,7 +204,7 @@ def mutated(field: str, annotation: Any) -> Iterator[tuple[str, Recipe]]:
 def test_every_field_that_changes_is_named_and_accepted_only_if_asked(tmp_path: Path) -> None:
     freed, fixed = set(), set()
     for pattern, annotation in leaves(Recipe):
-        if pattern in ("prune.method", "prune.cuts"):  # never change alone: see the test below
+        if pattern in ("prune.method", "prune.cuts", "data.prepared"):  # never change alone: see the tests below
             continue
         changes = list(mutated(pattern, annotation))
         assert changes, f"{pattern}: no other value was found"
@@ -227,8 +229,25 @@ def test_every_field_that_changes_is_named_and_accepted_only_if_asked(tmp_path: 
                 assert (f"--accept-changed {field}." in str(refused.value)) is (section not in FIXED)
             for accept in ((field,), (section, "nothing")) if section not in FIXED else ():
                 assert accepted_changes(WHOLE, recipe, accept, tmp_path) == [(field, before, after)]
-    assert freed == {f"runtime.{name}" for name in RuntimeConfig.model_fields} - {"runtime.device", "runtime.precision"}
+    free = {f"runtime.{name}" for name in RuntimeConfig.model_fields} - {"runtime.device", "runtime.precision"}
+    assert freed == free | {"data.cache", "data.cache_gib"}
     assert fixed == set(FIXED)
+
+
+def test_prepared_text_may_move_but_not_take_the_place_of_text_to_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it holds is compared apart, when the run goes on."""
+    domains = {"web": {"weight": 1.0}, "hub": {"weight": 2.0}}
+    values = {**VALUES, "data": {"prepared": "s3://bucket/data", "domains": domains}}
+    before, moved = load_recipe(values), load_recipe(values, ["data.prepared=/there"])
+    assert before != moved and accepted_changes(before, moved, (), tmp_path) == []
+    assert {field for field, _, _ in differences(before, load_recipe(VALUES))} > {"data.domains.web.train"}
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "r.yaml", dump_recipe(before))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    found = load_recipe(tmp_path / "r.yaml", ["data.prepared=text", "data.cache=~/cache"]).data
+    assert found.prepared == str(tmp_path / "here" / "text") and found.cache == str(Path("~/cache").expanduser())
+    assert load_recipe(tmp_path / "r.yaml").data.prepared == "s3://bucket/data"
 
 
 BAD = (None, True, -1, 0, 1.5, 10**400, float("nan"), float("inf"), -float("inf"), "", "x", "\0", [], ["x"], [1], {}, {"x": 1}, [[]])

@@ -23,6 +23,7 @@ from runs import Notes, recipe_values, write_text
 from shearling import pictures
 from shearling.errors import ArtifactError, StorageError
 from shearling.report import summary_table, write_report
+from shearling.texts import ALL
 
 LAYERS, HIDDEN, GROUPS, QUERY, NEURONS = (30, 24), (576, 432), (3, 3), (3, 2), (1536, 1024)
 PRUNE, TRAIN = 60, 120
@@ -131,6 +132,9 @@ def report_like_a_real_one(domains: dict[str, float] = DOMAINS) -> dict[str, Any
             "final": loss(0.35),
             "reference": loss(0.15),
         },
+        "loss_error": {"final": dict.fromkeys([*domains, "mean"], 0.014)},
+        "evaluation": {"prune": {"seconds": 126.7, "share": 0.42, "sequences": None}},
+        "data": {"table": {name: {**dict.fromkeys(ALL, 1.37), "documents": 98765, "repeated_above": None} for name in domains}},
         "tokens": {"prune": 983040, "train": 1966080},
         "verify": {"max_abs_logit_difference": 2.1e-05, "relative_difference": 1.3e-06},
         "speed": {"source": {"generation": 31.4, "prefill": 902.0}, "model": {"generation": 49.9, "prefill": 1630.5}},
@@ -219,6 +223,8 @@ def test_whole_run_has_every_section_and_picture(whole_run: Path) -> None:
         "134.5 M → 69.0 M",
         "0.51×",
         "2.800 → 4.500 → 3.150",
+        "3.150 ± 0.014",
+        *("42%", "98,765", "137.0%", "1.37", "never"),
         "2.1e-05",
         "before the cut",
         "num_hidden_layers: 24",
@@ -256,7 +262,7 @@ def test_names_are_escaped_and_shown(tmp_path: Path) -> None:
     page = Page(write_report(make_run(tmp_path, report=report, plan=plan, metrics=metrics_like_real_ones(NASTY))))
     assert not {"script", "img", "b"} & set(page.tags)
     for name in NASTY:
-        assert page.texts.count(name) == 3, "in two legends and a table"
+        assert page.texts.count(name) == 4, "in two legends and two tables"
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(summary_table(report))
     assert "[bold]" in console.export_text()

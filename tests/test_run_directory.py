@@ -87,7 +87,7 @@ def test_the_command_without_out_and_with_another_recipe(
     code, message = command(monkeypatch, capsys, "prepare", "tiny.yaml", "--set", "seed=3", "--overwrite")
     assert code == 0 and "leave --overwrite out" in message
     assert load_recipe(tmp_path / "runs" / "tiny" / "recipe.yaml").seed == 3
-    assert contents(tmp_path / "runs" / "tiny" / "data")["a.heldout.bin"] != shards["a.heldout.bin"]
+    assert contents(tmp_path / "runs" / "tiny" / "data")["a.heldout.00000.bin"] != shards["a.heldout.00000.bin"]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny"]
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from models import tiny_config, tiny_model
-from runs import metrics
+from runs import CLOCK, metrics
 from shearling.arch.families import anatomy_of
 from shearling.data import mixture
 from shearling.data.loader import Batch, Loader
@@ -32,7 +32,7 @@ from shearling.prune.gates import Gates, gate_specs
 from shearling.prune.learn import GateLearner
 from shearling.train import checkpoint
 from shearling.train.config import FitConfig, RuntimeConfig
-from shearling.train.loop import Losses, Progress, Surroundings, fit
+from shearling.train.loop import Errors, Losses, Progress, Surroundings, fit
 from shearling.train.optim import choose_device
 from shearling.world import World
 
@@ -98,7 +98,7 @@ class Stage:
             domains=list(DOMAINS),
             loader=self._loader(tokens),
             objective=self._objective,
-            evaluate=lambda model: self._evaluate(model, tokens),
+            evaluate=lambda model, whole: self._evaluate(model, tokens),
             reweigh=_reweigh,
             reference=REFERENCE,
             world=self.world,
@@ -134,20 +134,22 @@ class Stage:
                 stage.steps.append(stage.at[0])
                 return super().batch(step, *args)
 
-        return Watched(tokens, self.config.batch_size, 17)  # type: ignore[arg-type]
+        how = {"prefetch": self.runtime.prefetch, "workers": self.runtime.loader_workers}
+        return Watched(tokens, self.config.batch_size, 17, **how)  # type: ignore[arg-type]
 
     def _objective(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
         self.at = (self.at[0], self.at[1] + 1)
         return self.after_forward(self.at, token_losses(model, ids_BT))
 
-    def _evaluate(self, model: nn.Module, tokens: Tokens) -> Losses:
+    def _evaluate(self, model: nn.Module, tokens: Tokens) -> tuple[Losses, Errors]:
         def between() -> None:  # as in `stages.Context.check_stop`
             self.before_evaluation(self.at[0])
             if self.world.largest(self.world.signal()):
                 raise Stopped("stopped on the way")
 
         heldout = {domain: tokens.sequences(domain, "heldout") for domain in DOMAINS}
-        return heldout_losses(model, heldout, token_losses, batch_size=3, device=torch.device("cpu"), world=self.world, between=between)
+        found = heldout_losses(model, heldout, token_losses, batch_size=3, device=torch.device("cpu"), world=self.world, between=between)
+        return found.losses, found.errors
 
 
 def poisoned(bad: Mapping[int, float], microbatch: int = 1) -> Callable[[tuple[int, int], Tensor], Tensor]:
@@ -185,9 +187,9 @@ def saved(folder: Path, step: int | None = None) -> dict[str, Any]:
     found = checkpoint.load(folder, step)
     assert found is not None
     state = json.loads(json.dumps(found.state))
-    del state["progress"]["seconds"]
-    for line in filter(None, [state["progress"]["unlogged"]]):
-        del line["seconds"], line["tokens_per_second"]
+    for values in filter(None, [state["progress"], state["progress"]["unlogged"]]):
+        for key in CLOCK:
+            values.pop(key, None)
     return {"step": found.step, "state": state, "tensors": {name: bits(found.whole(name)) for name in sorted(found.shapes)}}
 
 

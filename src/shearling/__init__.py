@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shearling.api import evaluate, methods, pad, plan, prepare, prune, reference, report, run, train
+    from shearling.api import evaluate, inspect_data, methods, pad, plan, prepare, prune, reference, report, run, train
     from shearling.errors import (
         ArtifactError,
         ConfigError,
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from shearling.shapes import Target
 
 _HOMES = {
-    "shearling.api": ("evaluate", "methods", "pad", "plan", "prepare", "prune", "reference", "report", "run", "train"),
+    "shearling.api": ("evaluate", "inspect_data", "methods", "pad", "plan", "prepare", "prune", "reference", "report", "run", "train"),
     "shearling.errors": (
         "ArtifactError",
         "ConfigError",
@@ -60,6 +60,7 @@ __all__ = [
     "StorageError",
     "Target",
     "evaluate",
+    "inspect_data",
     "load_recipe",
     "methods",
     "pad",

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shearling.arch.families import Anatomy
 from shearling.config import parse
 from shearling.errors import ArtifactError, ConfigError, Problem
-from shearling.io.files import check_writable, read_json, refuse_existing, write_atomic
+from shearling.io.files import check_writable, refuse_existing, write_atomic
 from shearling.planning import (
     STAGES_THAT_TRAIN,
     available_memory,
@@ -20,21 +18,20 @@ from shearling.planning import (
     disk_needed,
     expected_target,
     memory_warning,
-    sizes,
     stage_memory,
 )
 from shearling.recipe import Recipe, RecipeLike, load_recipe
 from shearling.run import RunDirectory, check_artifacts, run_path
-from shearling.shapes import Target, anatomy_of_shape
+from shearling.shapes import Target
 from shearling.show import Shielded, Show, Silent
 from shearling.sources import Source, open_source
+from shearling.steering import check_steering
+from shearling.summary import STAGES, summarise
+from shearling.texts import cache_notes, read_text_of_recipe, with_domains_of
 from shearling.world import World, join, restarted
 
 if TYPE_CHECKING:
     from shearling.stages import Context
-
-STAGES = ("prepare", "source", "prune", "train", "evaluate")
-"""The stages of a run, in order; a report can be made after any of them."""
 
 
 def run(
@@ -133,17 +130,49 @@ def plan(source: str | Path, target: Mapping[str, int] | Target | None = None, *
 
 
 def evaluate(
-    model: str | Path, data: str | Path, *, batch_size: int = 8, speed: bool = True, precision: str = "bfloat16", device: str = "auto"
+    model: str | Path,
+    data: str | Path,
+    *,
+    batch_size: int = 8,
+    speed: bool = True,
+    precision: str = "bfloat16",
+    device: str = "auto",
+    attend: str | None = None,
 ) -> dict[str, Any]:
     """Held-out loss by domain, in nats/token, and speed in tokens/s of any model.
 
     Args:
         model: a Hugging Face directory, a hub id, or a GGUF file.
-        data: a folder that `prepare` made (or a run directory that holds one).
+        data: a folder that `prepare` made, or the URL of one, or a run directory.
+        attend: what a token attends to: `sequence` or `document`, as `data.attend` of a recipe; left out, as the run directory's
+            recipe says, and where `data` is none, sequence.
     """
     from shearling.measure import measure_model
 
-    return measure_model(open_source(model), Path(data), batch_size=batch_size, speed=speed, precision=precision, device=device)
+    how: dict[str, Any] = {"batch_size": batch_size, "speed": speed, "precision": precision, "device": device, "attend": attend}
+    return measure_model(open_source(model), data, **how)
+
+
+def inspect_data(
+    data: str | Path, *, sequence: str | None = None, tokenizer: str | None = None, verify: bool = False, show: Show | None = None
+) -> dict[str, Any]:
+    """What prepared text has of each domain, what one of its sequences says, and whether its shards are undamaged.
+
+    Args:
+        data: a run directory, a folder of prepared text, or the URL of one.
+        sequence: `DOMAIN:N` or `DOMAIN/heldout:N`, N from 0: decode this sequence.
+        tokenizer: the model whose tokenizer decodes it; left out, the source of the run.
+        verify: read every shard and compare its sha256; `ArtifactError` names all that are wrong.
+        show: where progress goes; nowhere if left out.
+
+    Returns:
+        `place`, `fingerprint`, `sequence_length` and the like; `table`: counts by domain; `notes`; `sequence`: its `ids` and `documents`;
+        `verified`: how many shards and bytes.
+    """
+    from shearling.texts import inspect
+
+    shown = Shielded(show) if show is not None else Silent()
+    return inspect(data, sequence, tokenizer, verify, lambda done, total: shown.count("verifying", done, f"of {total} shards"))
 
 
 def pad(model: str | Path, out: str | Path, *, overwrite: bool = False) -> dict[str, Any]:
@@ -184,14 +213,17 @@ def methods() -> dict[str, list[dict[str, Any]]]:
     return listing()
 
 
-def reference(points: str | Path, parameters: float) -> dict[str, float]:
+def reference(points: str | Path, parameters: float) -> dict[str, dict[str, float | None]]:
     """Reference losses by domain for a model of `parameters`: the power law L(N) = A / N^a + C of Sheared LLaMA section 2.2.
 
     `points` is a CSV file with the columns domain, parameters, loss: losses of one family's models at three sizes or more.
+
+    Returns:
+        {domain: {`loss`, `standard_error`}} in nats per token; the error is None where three sizes leave nothing to judge it by.
     """
     from shearling.data.reference import fit_reference, read_points
 
-    return fit_reference(read_points(points), parameters)
+    return {domain: dict(vars(found)) for domain, found in fit_reference(read_points(points), parameters).items()}
 
 
 def _through(
@@ -208,13 +240,15 @@ def _through(
     path, names = run_path(recipe, out), STAGES[: STAGES.index(last) + 1]
     with join(loaded.runtime.device, loaded.runtime.timeout) as world, ExitStack() as held:
         shown: Show = Shielded(show) if show is not None and world.first else Silent()
-        source, device = world.everywhere(lambda: _checked(loaded, last, world, overwrite))
+        source, device = world.everywhere(lambda: _checked(loaded, last, world, overwrite, new=not path.exists()))
+        manifest = world.rank0_decides(lambda: read_text_of_recipe(loaded, source))
+        loaded = world.everywhere(lambda: with_domains_of(loaded, manifest))
         afresh = overwrite and not restarted()  # what a launcher starts again is to go on
         directory = RunDirectory(path, loaded, overwrite=afresh, accept_changed=accept_changed)
 
         def enter() -> list[str]:
             held.enter_context(directory)
-            return [*directory.notes, *_preflight(directory, source, last, device, world.size, world.local_size)]
+            return [*directory.notes, *_preflight(directory, source, last, device, world.size, world.local_size, manifest)]
 
         for note in world.rank0_decides(enter):
             shown.note(note)
@@ -223,20 +257,22 @@ def _through(
 
         with StopOnSignal() as stop:
             world.signal = lambda: stop.number
-            context = stages.Context(loaded, source, directory.path, world, shown)
+            context = stages.Context(loaded, source, directory.path, world, shown, manifest)
             for name in names:
                 context.check_stop()
                 work = _work(name, context, directory)
                 directory.do(name, work, shown, again=name == last == "prepare", world=world)
         if last == "prepare":  # what was made again must be what the later stages used
-            world.rank0_decides(lambda: check_artifacts(directory.path))
+            world.rank0_decides(lambda: check_artifacts(directory.path, manifest=manifest))
         return world.rank0_decides(lambda: _report(directory.path, loaded, source, shown))
 
 
-def _checked(recipe: Recipe, last: str, world: World, overwrite: bool) -> tuple[Source, str]:
+def _checked(recipe: Recipe, last: str, world: World, overwrite: bool, new: bool) -> tuple[Source, str]:
     """The source, and the device of this process; raises what can be known to be wrong without the run directory."""
     source = open_source(recipe.source)
     expected_target(source, recipe)
+    if overwrite or new:
+        check_steering(recipe, source, STAGES[: STAGES.index(last) + 1])
     if last == "prepare":
         return source, "cpu"
     from shearling.train.optim import choose_device
@@ -262,10 +298,12 @@ def _checked(recipe: Recipe, last: str, world: World, overwrite: bool) -> tuple[
     return source, str(device)
 
 
-def _preflight(directory: RunDirectory, source: Source, last: str, device: str, processes: int = 1, here: int = 1) -> list[str]:
+def _preflight(
+    directory: RunDirectory, source: Source, last: str, device: str, processes: int, here: int, manifest: Mapping[str, Any] | None
+) -> list[str]:
     """Before any work of the stages up to `last` that are not done: raise for what would end them, return what may.
 
-    `device`: `cpu`, `cuda` or `cuda:N`. `processes`: of the run; `here`: on this machine.
+    `device`: `cpu`, `cuda` or `cuda:N`. `processes`: of the run; `here`: on this machine. `manifest`: of text prepared before.
     """
     import torch
 
@@ -276,13 +314,15 @@ def _preflight(directory: RunDirectory, source: Source, last: str, device: str, 
         source.check()
     opens_source = not {"prune", "train"}.isdisjoint(remaining) or ("evaluate" in remaining and recipe.evaluate.speed)
     opens_tokens = not {"source", "prune", "train"}.isdisjoint(remaining)
-    check_artifacts(directory.path, tokens=opens_tokens, fingerprint=source.fingerprint if opens_source else None)
+    fingerprint = source.fingerprint if opens_source else None
+    check_artifacts(directory.path, tokens=opens_tokens, fingerprint=fingerprint, manifest=manifest)
     check_writable(directory.path, disk_needed(source, recipe, remaining, directory.half_done())["total"])
     free = available_memory(device, here)
     training = [stage for stage in STAGES_THAT_TRAIN if stage in remaining]
     keeps = not frees_after_forward(recipe.runtime, torch.device(device))
     needed = {stage: stage_memory(source, recipe, stage, world_size=processes, keeps_gathered=keeps)["total"] for stage in training}
-    return [text for stage, size in needed.items() if (text := memory_warning(stage, size, free))]
+    notes = [text for stage, size in needed.items() if (text := memory_warning(stage, size, free))]
+    return check_steering(recipe, source, remaining) + notes + cache_notes(recipe, manifest)
 
 
 def _work(name: str, context: Context, directory: RunDirectory) -> Callable[[], dict[str, Any]]:
@@ -327,35 +367,3 @@ def _write_numbers(path: Path, recipe: Recipe, source: Source, more: Mapping[str
     values = summarise(path, recipe, source.anatomy, expected_target(source, recipe)) | dict(more or {})
     write_atomic(path / "report.json", json.dumps(values, indent=1) + "\n")
     return values
-
-
-def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> dict[str, Any]:
-    """What `report.json` holds: whatever the finished stages of a run directory found; `target` is what pruning was expected to give."""
-    found = {name: read_json(path / "stages" / f"{name}.json") for name in STAGES if (path / "stages" / f"{name}.json").exists()}
-    if "shape" in found.get("prune", {}):
-        target = anatomy_of_shape(target, found["prune"]["shape"])
-    values: dict[str, Any] = {
-        "shearling": version("shearling"),
-        "seed": recipe.seed,
-        "source": {"name": recipe.source, **sizes(source)},
-        "model": {"path": "model" if "train" in found else None, **sizes(target)},
-        "loss": {},
-        "tokens": {stage: found[stage]["tokens"] for stage in ("prune", "train") if stage in found},
-        "seconds": {stage: result["seconds"] for stage, result in found.items()},
-    }
-    if "prepare" in found:
-        values["data"] = {key: value for key, value in found["prepare"].items() if key != "seconds"}
-    if "source" in found:
-        losses = found["source"]["loss"]
-        given = recipe.mixture.reference
-        reference_losses = {k: v for k, v in losses.items() if k != "mean"} if given == "source" else given
-        values["loss"] |= {"source": losses, "reference": reference_losses}
-    if "prune" in found:
-        values["loss"] |= {k: v for k, v in found["prune"]["loss"].items() if v is not None}
-        values["verify"] = found["prune"]["verify"]
-    if "train" in found:
-        values["loss"] |= found["train"]["loss"]
-        values["epochs"] = found["train"]["epochs"]
-        values |= {key: found["train"][key] for key in ("padded",) if key in found["train"]}
-    measured = found.get("evaluate", {})
-    return values | {key: measured[key] for key in ("speed", "speed_dtype", "speed_device", "speed_error") if key in measured}

@@ -32,6 +32,9 @@ app = typer.Typer(
     "use · 6 storage failed · 75 stopped by a signal, run the same command to go on.",
 )
 
+data_app = typer.Typer(no_args_is_help=True, help="Look at prepared text.")
+app.add_typer(data_app, name="data")
+
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="The recipe.", show_default=False)]
 Out = Annotated[
     Path | None,
@@ -68,8 +71,10 @@ def prepare(
 ) -> None:
     """Text by domain to token shards in DIR/data."""
     report = _through(api.prepare, recipe, out, overrides, overwrite, accept_changed)
-    for domain, facts in report["data"]["domains"].items():
-        typer.echo(f"{domain}: {facts['train_sequences']:,} training and {facts['heldout_sequences']:,} held-out sequences")
+    if not launched_rank():  # process 0 tells it
+        from shearling.texts import describe_table
+
+        typer.echo(describe_table(report["data"]["table"]))
 
 
 @app.command()
@@ -107,23 +112,55 @@ def plan(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, hub id or GGUF file.")],
-    data: Annotated[Path, typer.Option(metavar="DIR", help="What prepare made, or a run directory.")],
+    data: Annotated[str, typer.Option(metavar="DIR", help="What prepare made, or the URL of it, or a run directory.")],
     batch_size: Annotated[int, typer.Option(help="Sequences of one forward pass.", min=1)] = 8,
     speed: Annotated[bool, typer.Option(help="Measure tokens/s, too.")] = True,
     precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    attend: Annotated[
+        str | None, typer.Option(help="What a token attends to: sequence or document; left out, as the run directory's recipe says.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Held-out loss by domain, and speed, of any model."""
-    found = api.evaluate(model, data, batch_size=batch_size, speed=speed, precision=precision, device=device)
+    found = api.evaluate(model, data, batch_size=batch_size, speed=speed, precision=precision, device=device, attend=attend)
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
     typer.echo(f"{found['name']}: {found['parameters']:,} parameters")
     for domain, loss in found["loss"].items():
-        typer.echo(f"  {domain:20s} {loss:.4f} nats/token")
+        error = found["loss_error"][domain]
+        typer.echo(f"  {domain:20s} {loss:.4f}{'' if error is None else f' ± {error:.4f}'} nats/token")
     for kind, rate in found.get("speed", {}).items():
         typer.echo(f"  {kind:20s} {rate:,.1f} tokens/s")
+
+
+@data_app.command("inspect")
+def inspect_data(
+    data: Annotated[str, typer.Argument(metavar="DIR", help="A run directory, a folder of prepared text, or the URL of one.")],
+    sequence: Annotated[
+        str | None, typer.Option("--show", metavar="DOMAIN:N", help="Decode a sequence; DOMAIN/heldout:N for a held-out one. N from 0.")
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="The model whose tokenizer decodes it; left out, the source of the run.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every shard and compare its checksum.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What prepared text has of each domain; what a sequence says; whether the shards are undamaged."""
+    from shearling.texts import describe_sequence, describe_table
+
+    found = api.inspect_data(data, sequence=sequence, tokenizer=tokenizer, verify=verify, show=Terminal())
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    typer.echo(f"{found['place']}: sequences of {found['sequence_length']} tokens\n\n{describe_table(found['table'])}")
+    for note in found["notes"]:
+        typer.echo(f"\n{note}")
+    if verify:
+        typer.echo(f"\nall {found['verified']['shards']:,} shards ({found['verified']['bytes']:,} bytes) are what they should be")
+    if sequence is not None:
+        typer.echo(f"\n{describe_sequence(found['sequence'])}")
 
 
 @app.command()
@@ -166,7 +203,12 @@ def reference(
 ) -> None:
     """Reference losses by domain from a model family's: the power law of the paper, fitted per domain."""
     found = api.reference(points, parameters)
-    typer.echo(json.dumps(found, indent=1) if as_json else "\n".join(f"{domain}: {loss:.4f}" for domain, loss in found.items()))
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+        return
+    for domain, values in found.items():
+        error = values["standard_error"]
+        typer.echo(f"{domain}: {values['loss']:.4f} {'(interpolates: no error can be given)' if error is None else f'± {error:.4f}'}")
 
 
 def main() -> None:

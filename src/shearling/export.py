@@ -125,12 +125,13 @@ def save_weights(
     final: Path,
     dtype: torch.dtype,
     replace: bool = False,
+    document_end: int | None = None,
 ) -> Path:
     """Publish a model given by its weights (name -> whole tensor), cast to `dtype`; a tied `lm_head` is not written.
 
     `expected_BTV` are the model's logits for `sample_ids` [batch, position]; the reloaded model's, computed in the same dtype, are
-    compared with them. Raises `NumericsError`, with nothing published, where a weight or the logits differ. Memory: one shard and the
-    reloaded model.
+    compared with them. `document_end` as for `shearling.inputs.model_inputs`. Raises `NumericsError`, with nothing published, where a
+    weight or the logits differ. Memory: one shard and the reloaded model.
     """
     names = anatomy_of(config).tensors()
 
@@ -140,7 +141,7 @@ def save_weights(
 
     def verify(reloaded: PreTrainedModel) -> None:
         _compare_weights({name: weights[name] for name in names}, reloaded, dtype)
-        found = logits_of(reloaded.to(sample_ids.device, expected_BTV.dtype), sample_ids)
+        found = logits_of(reloaded.to(sample_ids.device, expected_BTV.dtype), sample_ids, document_end)
         compare_logits(expected_BTV, found, dtype)
 
     return publish_model(write, config, companions, final, dtype, verify, replace)

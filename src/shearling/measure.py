@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from shearling.config import parse
-from shearling.data.tokens import MANIFEST, open_tokens
-from shearling.errors import ArtifactError, Problem
+from shearling.data.config import Attend
+from shearling.data.elsewhere import fetch_heldout
+from shearling.errors import ArtifactError, ConfigError, Problem
 from shearling.evaluate.loss import heldout_losses
 from shearling.evaluate.speed import measure_speed
 from shearling.objectives.lm import token_losses
+from shearling.recipe import load_recipe
+from shearling.run import RECIPE_FILE
 from shearling.sources import Source
+from shearling.texts import find_text, open_text
 from shearling.train.config import RuntimeConfig
 from shearling.train.optim import choose_device, in_precision
 
 
-def measure_model(source: Source, data: Path, *, batch_size: int, speed: bool, precision: str, device: str) -> dict[str, Any]:
+def measure_model(
+    source: Source, data: str | Path, *, batch_size: int, speed: bool, precision: str, device: str, attend: str | None = None
+) -> dict[str, Any]:
     """Loss and speed of one model; see `shearling.api.evaluate`."""
-    tokens = open_tokens(data if (data / MANIFEST).exists() else data / "data")
+    attend = _attend(Path(data)) if attend is None else attend
+    if attend not in get_args(Attend):
+        raise ConfigError("the model cannot be measured", [Problem("attend", repr(attend), f"Use {' or '.join(get_args(Attend))}.")])
+    tokens = open_text(find_text(data))
     if tokens.vocab_size != source.anatomy.sizes["vocab"]:
         remedy = "Prepare the text with this model's tokenizer."
         wrong = f"a vocabulary of {tokens.vocab_size} where the model has {source.anatomy.sizes['vocab']}"
         raise ArtifactError(f"{data}: prepared for another model", [Problem("data", wrong, remedy)])
     runtime = parse(RuntimeConfig, {"device": device, "precision": precision}, "evaluate")
     place = choose_device(runtime)
-    objective = in_precision(token_losses, place, runtime)
+    document_end = tokens.document_end if attend == "document" else None
+    objective = in_precision(partial(token_losses, document_end=document_end), place, runtime)
+    fetch_heldout(tokens)
     model = source.load_model().to(place)
     heldout = {domain: tokens.sequences(domain, "heldout") for domain in tokens.domains}
-    losses = heldout_losses(model, heldout, objective, batch_size=batch_size, device=place)
-    found: dict[str, Any] = {"name": source.name, "parameters": source.anatomy.parameters(), "loss": losses}
+    measured = heldout_losses(model, heldout, objective, batch_size=batch_size, device=place)
+    found: dict[str, Any] = {"name": source.name, "parameters": source.anatomy.parameters(), "attend": attend}
+    found |= {"loss": measured.losses, "loss_error": measured.errors}
     return found | ({"speed": measure_speed({"model": model})["model"]} if speed else {})
+
+
+def _attend(data: Path) -> str:
+    """What tokens attend to in the run that `data` is the directory of; in a sequence where it is none."""
+    return load_recipe(data / RECIPE_FILE).data.attend if (data / RECIPE_FILE).is_file() else "sequence"

@@ -81,6 +81,7 @@ def stage_memory(source: Source, recipe: Recipe, stage: str, *, world_size: int 
         activation_checkpointing=recipe.runtime.activation_checkpointing,
         keeps_gathered=keeps_gathered,
         target=cut if pruning else None,
+        masked=recipe.data.attend == "document",
     )
 
 
@@ -94,6 +95,7 @@ def training_memory(
     activation_checkpointing: bool = False,
     keeps_gathered: bool = False,
     target: Anatomy | None = None,
+    masked: bool = False,
 ) -> dict[str, int]:
     """Bytes of training on each process by part, with their `total`: what must be there, and an estimate of the activations.
 
@@ -105,7 +107,8 @@ def training_memory(
 
     activations: of one microbatch, of each block what its backward pass reads (inputs of norms and matrices, attention's query,
     key, value and output, the MLP's three activations), or with `activation_checkpointing` each block's input and one block's
-    activations; and the logits with their fp32 copy and gradient.
+    activations; and the logits with their fp32 copy and gradient. Where attention is `masked`, a mask of truth values of
+    sequence_length^2 a sequence, and each block's copy of it as numbers, which torch's attention keeps for its backward pass.
 
     Args:
         anatomy: of the model that trains.
@@ -115,6 +118,7 @@ def training_memory(
         world_size: processes.
         keeps_gathered: whether gathered weights are kept from the forward pass to the backward pass.
         target: what the model is pruned to; None where it has no gates.
+        masked: whether attention stays inside documents.
     """
     axes, parameters = anatomy.sizes, anatomy.parameters()
     tokens, layers = config.batch_size // config.microbatches * sequence_length, axes["layer"]
@@ -122,6 +126,7 @@ def training_memory(
     heads, keys = axes["group"] * axes["query"] * axes["head_dim"], 2 * axes["group"] * axes["head_dim"]
     block = 4 * stream + width * (2 * axes["hidden"] + 3 * heads + 2 * keys + 4 * axes["neuron"])
     blocks = layers * stream + block if activation_checkpointing else layers * block
+    masks = sequence_length * (1 + width * (1 if activation_checkpointing else layers)) if masked else 0
     gates = _gates(anatomy, target) if target else 0
     gated = 4 * axes["hidden"] * (heads + axes["neuron"]) if gates else 0
     gathered = 4 * parameters if keeps_gathered else (6 if bfloat16 else 4) * _block_parameters(anatomy)
@@ -133,7 +138,7 @@ def training_memory(
         "gathered": gathered if world_size > 1 else 0,
         "gates": 16 * gates,
         "gated_copies": gated * (1 if bfloat16 or activation_checkpointing else layers),
-        "activations": tokens * (blocks + axes["vocab"] * (width + 8)),
+        "activations": tokens * (blocks + masks + axes["vocab"] * (width + 8)),
     }
     return parts | {"total": sum(parts.values())}
 

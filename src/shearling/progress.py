@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from shearling.show import duration
+
 WORDS = {
     "prepare": "preparing the text",
     "source": "measuring the source",
@@ -45,7 +47,7 @@ class Terminal:
         if now - self._last < SECONDS_BETWEEN and step < steps and "heldout" not in line:
             return
         self._last = now
-        left = "" if step == self._first else f", {_duration((now - self._began) / (step - self._first) * (steps - step))} left"
+        left = "" if step == self._first else f", {duration((now - self._began) / (step - self._first) * (steps - step))} left"
         text = f"  {stage} {step}/{steps}  loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tokens/s{left}"
         if "heldout" in line:
             text += f"  held-out {line['heldout']['mean']:.3f}"
@@ -59,9 +61,3 @@ class Terminal:
         if now - self._last >= SECONDS_BETWEEN:
             self._last = now
             self.console.print(f"  {escape(what)}, {done:,} {unit}")
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

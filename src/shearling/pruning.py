@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from shearling.arch.families import Anatomy
 from shearling.board import alike
 from shearling.data.loader import Loader
+from shearling.evaluate.loss import packed
 from shearling.export import publish_model
 from shearling.io.loading import NOT_OURS
 from shearling.io.tensors import MemoryReader, ShardWriter
@@ -40,7 +41,7 @@ from shearling.prune.verify import (
     require_equal,
 )
 from shearling.shapes import shape_of, target_config
-from shearling.stages import VERIFY_SEQUENCES, Context, sample_ids, surroundings
+from shearling.stages import VERIFY_SEQUENCES, Context, sample_ids, steered, surroundings
 from shearling.train import checkpoint
 from shearling.train.loop import Progress, Surroundings, fit, newest
 from shearling.train.parallel import whole_weights
@@ -52,8 +53,9 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
     config, began = context.recipe.prune, time.perf_counter()
     choice = choose(config, context.source.anatomy, context.recipe.target)
     anatomy = choice.source
-    around = surroundings(context, "prune", config, source_result["loss"])
-    progress = Progress(shares, around.loader.start(), heldout=dict(source_result["loss"]))
+    around = surroundings(context, "prune", config, source_result["loss"], source_result["sequence_losses"])
+    losses, errors = dict(source_result["loss"]), dict(source_result["loss_error"])
+    progress = Progress(shares, around.loader.start(), heldout=losses, heldout_errors=errors)
     begun = context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints)))
     subject = _Subject(context, choice, context.place(context.source.load_model), around, shares)
     rotation_error = _rotate(context, subject) if config.rotate != "no" and choice.specs else None
@@ -76,11 +78,12 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
     subject.measurements = pruner.measurements if isinstance(pruner, StagedPruner) else 1  # those of earlier tries, too
     used = subject.sequences * context.tokens.sequence_length
     del pruner, subject  # before the cut model is loaded
+    measured, learned = context.evaluate(context.load_pruned()), config.steps and choice.specs
     return {
-        "loss": {
-            "before_hardening": progress.heldout if config.steps and choice.specs else None,
-            "pruned": context.evaluate(context.load_pruned()),
-        },
+        "loss": {"before_hardening": progress.heldout if learned else None, "pruned": measured.losses},
+        "loss_error": {"before_hardening": progress.heldout_errors if learned else None, "pruned": measured.errors},
+        "sequence_losses": packed(measured.sequences),
+        **steered(context, around, progress, config),
         "tokens": progress.tokens + used,
         "steps": progress.step,
         "weights": progress.weights.tolist(),
@@ -284,12 +287,13 @@ def _sequences(context: Context, choice: Choice) -> int:
 def _rotate(context: Context, subject: _Subject) -> float:
     """Turn the stream to its principal axes; how far that is from the function as it was, relative to the logits."""
     config, anatomy, model = context.recipe.prune, context.source.anatomy, subject.model
+    end = context.document_end
     batches = subject.others(config.gates.calibration_sequences, "turning the stream to its principal axes")
-    covariance_DD = stream_covariance(model, anatomy, batches, between=context.check_stop)
+    covariance_DD = stream_covariance(model, anatomy, batches, between=context.check_stop, document_end=end)
     if config.rotate == "untied" or not anatomy.flags["tie_word_embeddings"]:
         rotate(model, anatomy, principal_rotation(covariance_DD), untie=True)
         return 0.0
-    last_DD = stream_covariance(model, anatomy, batches, norms_of(anatomy)[-1:], context.check_stop)
+    last_DD = stream_covariance(model, anatomy, batches, norms_of(anatomy)[-1:], context.check_stop, end)
     rotation_DD, fitted = tied_rotation(model, anatomy, covariance_DD, last_DD)
     rotate(model, anatomy, rotation_DD, final_norm_D=fitted.weight_D)
     return fitted.error
@@ -299,11 +303,12 @@ def _compensate(context: Context, subject: _Subject, masks: Mapping[str, Tensor]
     """Put weights in the place of those of norms and output projections, so that what is kept stands in for what is closed."""
     model, anatomy, masks = subject.model, subject.kept.anatomy, subject.kept.narrow(masks)
     batches = subject.others(context.recipe.prune.compensate, "fitting what is kept to what is gone")
-    fitted = fit_norms(model, anatomy, masks["hidden"], batches, context.check_stop) if "hidden" in masks else {}
+    stop, end = context.check_stop, context.document_end
+    fitted = fit_norms(model, anatomy, masks["hidden"], batches, stop, end) if "hidden" in masks else {}
     with torch.no_grad():
         for name, weight in fitted.items():
             model.get_parameter(name).copy_(weight)
-        for name, weight in compensate(model, anatomy, masks, batches, stop=context.check_stop).items():
+        for name, weight in compensate(model, anatomy, masks, batches, stop=stop, document_end=end).items():
             model.get_parameter(name).copy_(weight)
 
 
@@ -312,10 +317,10 @@ def _cut(context: Context, subject: _Subject, masks: Mapping[str, Tensor], plan:
 
     `masks` and `plan` are of the source's units; what is cut is what slicing has left in the model.
     """
-    ids, kept, model = sample_ids(context), subject.kept, subject.model
+    ids, end, kept, model = sample_ids(context), context.document_end, subject.kept, subject.model
     anatomy, (rest, _) = kept.anatomy, kept.plan(masks)
     masks = {axis: mask.to(context.device) for axis, mask in kept.narrow(masks).items()}
-    expected = masked_logits(model, anatomy, masks, ids)
+    expected = masked_logits(model, anatomy, masks, ids, end)
     reader = MemoryReader(whole_weights(model, context.world))
     found: dict[str, float] = {}
 
@@ -324,14 +329,14 @@ def _cut(context: Context, subject: _Subject, masks: Mapping[str, Tensor], plan:
             writer.add(name, tensor)
 
     def verify(cut: nn.Module) -> None:
-        difference = compare_logits(cut.to(context.device), expected, ids)
+        difference = compare_logits(cut.to(context.device), expected, ids, end)
         found.update(vars(difference))
         detail = partial(blame, masks, anatomy, target, reader, cut.state_dict())
         if TOLERANCE < difference.relative_difference <= ROUNDING:
             context.show.note(f"logits differ by {difference.relative_difference:.1g} of their range in fp32: comparing in fp64")
             whole = context.world.size == 1
             gated = model if whole else _of_shape(context, kept, torch.bfloat16).to(context.device)
-            exact = compare_in_float64(gated, anatomy, masks, reader, cut, ids)
+            exact = compare_in_float64(gated, anatomy, masks, reader, cut, ids, end)
             found["relative_difference_float64"] = exact.relative_difference
             require_equal(exact, TOLERANCE_FLOAT64, "in fp64, the gated model and the cut model", detail)
         else:

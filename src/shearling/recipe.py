@@ -11,7 +11,9 @@ import yaml
 from pydantic import Field, model_validator
 
 from shearling.config import Config, override, parse, read_yaml
-from shearling.data.config import DataConfig, MixtureConfig
+from shearling.data.config import DataConfig
+from shearling.data.mixture_config import MixtureConfig
+from shearling.data.remote import is_url
 from shearling.prune.config import LEARNED, AllocationConfig, GateConfig
 from shearling.shapes import Target
 from shearling.train.config import Count, FitConfig, Fraction, RuntimeConfig, TrainConfig
@@ -122,10 +124,18 @@ class Recipe(Config):
     @model_validator(mode="after")
     def _references_name_every_domain(self) -> Recipe:
         given = self.mixture.reference
-        if isinstance(given, dict) and set(given) != set(self.data.domains):
+        if self.data.domains and isinstance(given, dict) and set(given) != set(self.data.domains):
             raise ValueError(
                 f"mixture.reference has losses for {', '.join(sorted(given))} where the domains are {', '.join(sorted(self.data.domains))}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_are_possible(self) -> Recipe:
+        if self.data.domains:  # else it is prepared text that names them
+            self.mixture.bounds(list(self.data.domains))
+            for config in ([] if self.target is None else [self.prune]) + [self.train]:
+                self.mixture.update_sequences(config.steps, config.batch_size, config.evaluate_every, len(self.data.domains))
         return self
 
     @model_validator(mode="after")
@@ -142,7 +152,8 @@ RecipeLike = Recipe | Mapping[str, Any] | str | Path
 def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe; `overrides` are `a.b=c` assignments.
 
-    Relative paths start from the recipe's folder; `source` and `data.root` given as overrides, from the current one.
+    Relative paths start from the recipe's folder; `source`, `data.root`, `data.prepared`, `data.cache` and those of `mixture` given as
+    overrides, from the current one.
 
     Raises one `ConfigError` that names every problem with field, value found and remedy.
     """
@@ -158,8 +169,11 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
     path = (Path.cwd() if "source" in overridden else base) / Path(source).expanduser()
     if path.exists() or source.startswith((".", "/", "~")):
         source = str(path.absolute())
-    data = parsed.data.resolved(Path.cwd() if "data.root" in overridden else base)
-    return parsed.model_copy(update={"source": source, "data": data})
+    places = {name: getattr(parsed.data, name) for name in ("prepared", "cache") if f"data.{name}" in overridden}
+    here = {name: str(Path.cwd() / Path(place).expanduser()) for name, place in places.items() if place and not is_url(place)}
+    data = parsed.data.model_copy(update=here).resolved(Path.cwd() if "data.root" in overridden else base)
+    mixture = parsed.mixture.resolved(lambda field: Path.cwd() if covers(overridden, f"mixture.{field}") else base)
+    return parsed.model_copy(update={"source": source, "data": data, "mixture": mixture})
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -171,6 +185,8 @@ FREE_SECTION = "runtime"
 """The section that says how to compute. Its fields may differ from one try to the next, unasked, ..."""
 NOT_FREE = ("runtime.device", "runtime.precision")
 """... but for these, on which the numbers hang."""
+FREE_PLACES = ("data.prepared", "data.cache", "data.cache_gib")
+"""Where prepared text lies: it may move, as what it holds is compared with what the run was begun with."""
 FIXED = ("source", "target", "data", "seed")
 """What everything in a run directory was made from; where one of them differs, only a run begun afresh is right."""
 
@@ -184,7 +200,7 @@ def differences(before: Recipe, after: Recipe) -> list[tuple[str, str, str]]:
 
 def is_free(field: str) -> bool:
     """Whether a field may differ from one try of a run to the next without being accepted: how to compute, and no more."""
-    return covers((FREE_SECTION,), field) and field not in NOT_FREE
+    return covers((FREE_SECTION, *FREE_PLACES), field) and field not in NOT_FREE
 
 
 def covers(names: Iterable[str], field: str) -> bool:

@@ -17,6 +17,7 @@ from shearling.errors import ArtifactError, Problem
 from shearling.io.files import read_json, write_atomic
 from shearling.pictures import Mark, Picture
 from shearling.prune.plan import PLAN_LIMIT, PLAN_PARTS
+from shearling.texts import cells
 from shearling.train.log import METRICS_FILE, read_metrics
 
 REPORT_FILE, PLAN_FILE, PAGE_FILE = "report.json", "plan.json", "report.html"
@@ -141,26 +142,29 @@ def _tables(report: Values, plan: Values) -> str:
     shape = _compared(_part(source, "shape") or _part(plan, "source", "shape"), _part(model, "shape") or _part(plan, "target", "shape"), "")
     speeds = _compared(_part(report, "speed", "source"), _part(report, "speed", "model"), ",.1f")
     head = ("", "source", "model", "ratio")
-    seconds = [(stage, f"{value:,.1f}") for stage, value in _part(report, "seconds").items()]
+    evaluating = {stage: f"{cost['share']:.0%}" for stage, cost in _part(report, "evaluation").items()}
+    seconds = [(stage, f"{value:,.1f}", evaluating.get(stage, "")) for stage, value in _part(report, "seconds").items()]
     tokens = [(stage, f"{value:,}") for stage, value in _part(report, "tokens").items()]
     return _grid(
         _table("Parameters by part", head, parts, "the parameters"),
         _table("Shape", head, shape, "the shapes"),
         _table("Speed, tokens per second", head, speeds, "the speed"),
-        _table("Seconds by stage", ("stage", "seconds"), seconds, "the time of the stages"),
+        _table("Seconds by stage", ("stage", "seconds", "in evaluations"), seconds, "the time of the stages"),
         _table("Tokens trained on", ("stage", "tokens"), tokens, "the number of tokens"),
-    )
+    ) + _table("Text by domain", *cells(_part(report, "data", "table")), "the text")
 
 
 def _loss(report: Values, metrics: pictures.Metrics) -> str:
-    losses = {title: _part(report, "loss", kind) for kind, title in LOSS_COLUMNS.items() if _part(report, "loss", kind)}
-    rows = [(name, *(_number(loss.get(name), ".3f") for loss in losses.values())) for name in _loss_rows(losses.values())]
+    losses = {kind: _part(report, "loss", kind) for kind in LOSS_COLUMNS if _part(report, "loss", kind)}
+    errors = {kind: _part(report, "loss_error", kind) for kind in losses}
+    rows = [(name, *(_sure(losses[kind].get(name), errors[kind].get(name)) for kind in losses)) for name in _loss_rows(losses.values())]
     how = (
         "Lower is better. A line is the loss on held-out text of one domain; the dotted line of its colour is what the source had, "
-        "the dashed one the reference, which the mixture steers towards. At the upright line the gates become a cut."
+        "the dashed one the reference, which the mixture steers towards. At the upright line the gates become a cut. In the table a "
+        "standard error over the sequences stands after ±."
     )
     return _figure(pictures.heldout_picture(metrics, report), how, "No held-out loss has been logged yet.") + _table(
-        "Held-out loss, nats per token", ("domain", *losses), rows, "the held-out losses"
+        "Held-out loss, nats per token", ("domain", *(LOSS_COLUMNS[kind] for kind in losses)), rows, "the held-out losses"
     )
 
 
@@ -307,6 +311,10 @@ def _part(values: Values, *path: str) -> Values:
 
 def _number(value: Any, form: str) -> str:
     return "–" if value is None else format(value, form)
+
+
+def _sure(loss: Any, error: Any) -> str:
+    return _number(loss, ".3f") + ("" if loss is None or error is None else f" ± {error:.3f}")
 
 
 def _ratio(value: Any, base: Any) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from shearling.data.mixture_config import PowerLawConfig
 from shearling.errors import ConfigError, OutputError, Problem, ShearlingError, StorageError
 from shearling.io.files import (
     ASIDE,
@@ -156,8 +157,9 @@ class RunDirectory:
         if not path.exists():
             write_atomic(path, dump_recipe(self.recipe))
             return
-        changed = accepted_changes(load_recipe(path), self.recipe, self._accept_changed, self.path)
-        if not changed:
+        recorded = load_recipe(path)
+        changed = accepted_changes(recorded, self.recipe, self._accept_changed, self.path)
+        if not changed and recorded.data == self.recipe.data:  # else prepared text has moved
             return
         write_atomic(path, dump_recipe(self.recipe))
         for field, before, after in changed:
@@ -187,7 +189,9 @@ def accepted_changes(before: Recipe, after: Recipe, accepted: Sequence[str], pat
     return changed
 
 
-def check_artifacts(path: Path, *, tokens: bool = True, fingerprint: Callable[[], str] | None = None) -> None:
+def check_artifacts(
+    path: Path, *, tokens: bool = True, fingerprint: Callable[[], str] | None = None, manifest: Mapping[str, Any] | None = None
+) -> None:
     """Raise `ConfigError` where text or source are not those that the finished stages of the run at `path` used.
 
     Reads the ledger, the manifest of `data/` and headers, nothing large. Raises `ArtifactError` where one of them is damaged.
@@ -196,13 +200,14 @@ def check_artifacts(path: Path, *, tokens: bool = True, fingerprint: Callable[[]
         path: the run directory.
         tokens: compare the token shards.
         fingerprint: gives the source's present fingerprint; left out where no stage that is to come uses the source.
+        manifest: of the text that the run uses; left out, that of `data/`.
     """
     prepared, measured = path / "stages" / "prepare.json", path / "stages" / "source.json"
     problems = []
     if tokens and prepared.exists():
         from shearling.data.tokens import read_manifest
 
-        before, now = _shards(read_json(prepared)), _shards(read_manifest(path / "data"))
+        before, now = _shards(read_json(prepared)), _shards(manifest or read_manifest(path / "data"))
         remedy = "Put the prepared text back, or begin afresh with --overwrite."
         for field in sorted(before.keys() | now.keys()):
             if before.get(field) != now.get(field):
@@ -217,10 +222,12 @@ def check_artifacts(path: Path, *, tokens: bool = True, fingerprint: Callable[[]
 
 
 def _shards(facts: Mapping[str, Any]) -> dict[str, str]:
-    """What prepared text is known by, of a ledger entry or a manifest: `data.DOMAIN.SPLIT` -> SHA-256 of the shard."""
+    """What prepared text is known by, of a ledger entry or a manifest: `data.DOMAIN.SPLIT` -> SHA-256 of the shards."""
+    from shearling.data.tokens import split_digest
+
     found = {"data.sequence_length": str(facts.get("sequence_length"))}
     for domain, values in facts.get("domains", {}).items():
-        found |= {f"data.{domain}.{split}": f"sha256 {digest}" for split, digest in values.get("sha256", {}).items()}
+        found |= {f"data.{domain}.{split}": f"sha256 {split_digest(values, split)}" for split in values.get("shards", {})}
     return found
 
 
@@ -310,8 +317,12 @@ def _refuse_loss(path: Path, recipe: Recipe) -> None:
     if not _written_by_us(path / RECIPE_FILE):
         raise OutputError(f"{path}: its {RECIPE_FILE} is not one that a run wrote. Delete it by hand, or choose another --out.")
     inputs = {"source": [recipe.source]}
+    reference, start = recipe.mixture.reference, recipe.mixture.start
+    inputs |= {"mixture.start": [start] if start else []}
+    inputs |= {"mixture.reference": [reference.power_law] if isinstance(reference, PowerLawConfig) else []}
+    inputs |= {"data.prepared": [recipe.data.prepared] if recipe.data.prepared else []}
     for name, domain in recipe.data.domains.items():
-        inputs[f"data.domains.{name}"] = [*(domain.train or ()), *(domain.heldout or ())]
+        inputs[f"data.domains.{name}"] = [*(domain.train or ()), *(domain.heldout or ()), *([domain.dataset] if domain.dataset else ())]
     remedy = "--overwrite would delete it: move it away, or choose another --out."
     problems = [
         Problem(field, name, remedy)

@@ -71,3 +71,10 @@ class Shielded:
         except Exception as error:
             self._show = Silent()
             warnings.warn(f"progress cannot be shown any more ({type(error).__name__}: {error}); the run goes on", stacklevel=3)
+
+
+def duration(seconds: float) -> str:
+    """A time in words, as 3m20s or 1h05m."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

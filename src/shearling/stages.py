@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shearling.board import alike, told
 from shearling.data import mixture
+from shearling.data.elsewhere import fetch_heldout, shown_place
 from shearling.data.loader import Loader
+from shearling.data.pack import Progress as Preparing
 from shearling.data.prepare import prepare
-from shearling.data.tokens import TokenSet, open_tokens
+from shearling.data.tokens import TokenSet
 from shearling.errors import ArtifactError, ConfigError, Problem, Stopped
-from shearling.evaluate.loss import heldout_losses
+from shearling.evaluate.loss import HeldOut, heldout_losses, instead_of_all, packed, unpacked, update_subset
 from shearling.evaluate.speed import measure_speed
 from shearling.export import save_padded, save_weights
 from shearling.io.files import read_json
@@ -30,10 +32,12 @@ from shearling.io.loading import load_stock
 from shearling.objectives.lm import token_losses
 from shearling.prune.verify import logits_of
 from shearling.recipe import Recipe
-from shearling.show import Show
+from shearling.show import Show, duration
 from shearling.sources import Source, open_source
+from shearling.steering import evaluation_cost, expected_note, measured_note, reference_losses, shares_of_run
+from shearling.texts import described, open_text, place_of_run
 from shearling.train.config import FitConfig, LoraConfig
-from shearling.train.loop import Losses, Progress, Surroundings, fit
+from shearling.train.loop import Errors, Losses, Progress, Surroundings, fit
 from shearling.train.lora import add_adapters, merge
 from shearling.train.optim import choose_device, in_precision
 from shearling.train.parallel import make_mesh, parallelize, whole_weights
@@ -55,6 +59,8 @@ class Context:
     world: World
     """The processes of the run, and the signal that asks them to stop."""
     show: Show
+    manifest: Mapping[str, Any] | None = None
+    """Of the text that was prepared before, where the recipe names it."""
 
     @cached_property
     def device(self) -> torch.device:
@@ -68,14 +74,27 @@ class Context:
 
     @cached_property
     def tokens(self) -> TokenSet:
-        """The prepared text; process 0 compares its hashes."""
-        self.world.rank0_decides(lambda: bool(open_tokens(self.path / "data")))
-        return self.world.everywhere(lambda: open_tokens(self.path / "data", verify=False))
+        """The prepared text; process 0 compares its hashes. Of text at a URL every machine fetches the held-out shards."""
+        place = place_of_run(self.recipe, self.path)
+
+        def fetched() -> TokenSet:
+            tokens = open_text(place, self.manifest, verify=False)
+            fetch_heldout(tokens, lambda done, total: self.show.count("held-out text", done, f"of {total} shards"))
+            return tokens
+
+        self.world.rank0_decides(lambda: bool(open_text(place, self.manifest)))
+        return self.world.everywhere(fetched)
+
+    @cached_property
+    def document_end(self) -> int | None:
+        """Id of the mark at a document's end, where a token attends to its own document alone (`data.attend`); else None."""
+        return self.tokens.document_end if self.recipe.data.attend == "document" else None
 
     @cached_property
     def objective(self) -> Callable[[nn.Module, Tensor], Tensor]:
         """Cross-entropy in the recipe's precision."""
-        return in_precision(token_losses, self.device, self.recipe.runtime)
+        objective = partial(token_losses, document_end=self.document_end)
+        return in_precision(objective, self.device, self.recipe.runtime)
 
     def place(self, load: Callable[[], nn.Module]) -> nn.Module:
         """The model that `load` gives on the CPU, set up on this run's device and processes; the processes of a machine load in turns."""
@@ -92,9 +111,14 @@ class Context:
 
         return self.place(load)
 
-    def evaluate(self, model: nn.Module) -> Losses:
-        """Held-out losses of a model as it stands. Raises `Stopped` where a signal asks for it on the way."""
-        heldout = {domain: self.tokens.sequences(domain, "heldout") for domain in self.tokens.domains}
+    @cached_property
+    def heldout(self) -> dict[str, Any]:
+        """Held-out sequences [N, T] of every domain."""
+        return {domain: self.tokens.sequences(domain, "heldout") for domain in self.tokens.domains}
+
+    def evaluate(self, model: nn.Module, heldout: Mapping[str, Any] | None = None) -> HeldOut:
+        """Held-out losses of a model as it stands, on all held-out text or some. Raises `Stopped` where a signal asks for it on the way."""
+        heldout = self.heldout if heldout is None else heldout
         size, between = self.recipe.evaluate.batch_size, self.check_stop
         return heldout_losses(model, heldout, self.objective, batch_size=size, device=self.device, world=self.world, between=between)
 
@@ -126,56 +150,76 @@ def memory_errors(stage: str) -> Iterator[None]:
         raise ConfigError(f"out of memory in the stage {stage}", [Problem("memory", found, remedy)]) from error
 
 
-def prepare_data(context: Context) -> dict[str, Any]:
-    """Text to token shards in `data/`."""
+def how_far(now: Preparing) -> str:
+    """How far preparing a domain is, in words: documents, speed and, where it can be told, the time left."""
+    text = f"{now.domain}: {now.documents:,} documents, {now.documents_per_second:,.0f} documents/s"
+    return text if now.seconds_left is None else f"{text}, {duration(now.seconds_left)} left"
 
-    def progress(domain: str, documents: int, tokens: int) -> None:
+
+def prepare_data(context: Context) -> dict[str, Any]:
+    """Text to token shards in `data/`, or what is known of text that was prepared before."""
+
+    def progress(now: Preparing) -> None:
         context.check_stop_alone()
-        context.show.count(f"{domain}: {documents:,} documents", tokens, "tokens")
+        context.show.count(how_far(now), now.tokens, "tokens")
 
     def work() -> dict[str, Any]:
         recipe, vocab = context.recipe, context.source.anatomy.sizes["vocab"]
-        tokenizer = context.source.tokenizer()
-        manifest = prepare(recipe.data, tokenizer, vocab, context.path / "data", seed=recipe.seed, progress=progress)
-        return {"domains": manifest["domains"], "sequence_length": manifest["sequence_length"]}
+        manifest = context.manifest
+        if manifest is None:
+            tokenizer = context.source.tokenizer()
+            manifest = prepare(recipe.data, tokenizer, vocab, context.path / "data", seed=recipe.seed, progress=progress)
+        place = {"prepared": shown_place(recipe.data.prepared)} if recipe.data.prepared else {}
+        return {"domains": manifest["domains"], "sequence_length": manifest["sequence_length"], **place}
 
     found = context.world.rank0_decides(work)
-    for facts in found["domains"].values():
-        for note in facts["notes"]:
-            context.show.note(note)
+    tokens = {name: facts["train_sequences"] * found["sequence_length"] for name, facts in found["domains"].items()}
+    found["starting_shares"] = dict(zip(tokens, starting_shares(context, tokens).tolist(), strict=True))
+    for note in described(context.recipe, found)["notes"]:
+        context.show.note(note)
+    if context.manifest is not None:  # what is damaged or cannot be fetched is told before a model is loaded
+        _ = context.tokens
     return found
 
 
 def measure_source(context: Context) -> dict[str, Any]:
     """Held-out losses of the source, which are also the reference losses where the recipe says so."""
-    model = context.place(context.source.load_model)
-    return {"loss": context.evaluate(model), "fingerprint": context.world.rank0_decides(context.source.fingerprint)}
+    found = context.evaluate(context.place(context.source.load_model))
+    fingerprint = context.world.rank0_decides(context.source.fingerprint)
+    return {"loss": found.losses, "loss_error": found.errors, "sequence_losses": packed(found.sequences), "fingerprint": fingerprint}
 
 
 def train(context: Context, pruned: Mapping[str, Any], source_result: Mapping[str, Any]) -> dict[str, Any]:
     """Continue pretraining the cut model and publish `model/`."""
     config = context.recipe.train
     model = context.load_pruned(adapters=config.lora)
-    around = surroundings(context, "train", config, source_result["loss"], offset=pruned["steps"])
-    start = Progress(np.array(pruned["weights"], np.float64), np.array(pruned["cursors"], np.int64), heldout=dict(pruned["loss"]["pruned"]))
+    around = surroundings(context, "train", config, source_result["loss"], pruned["sequence_losses"], offset=pruned["steps"])
+    start = Progress(
+        np.array(pruned["weights"], np.float64),
+        np.array(pruned["cursors"], np.int64),
+        heldout=dict(pruned["loss"]["pruned"]),
+        heldout_errors=dict(pruned["loss_error"]["pruned"]),
+    )
     model.train()
     progress = fit(model, config, around, start)
     model.eval()
     if config.lora:
         merge(model)
-    ids = sample_ids(context)
-    expected, weights = logits_of(model, ids), whole_weights(model, context.world)
+    ids, end = sample_ids(context), context.document_end
+    expected, weights = logits_of(model, ids, end), whole_weights(model, context.world)
 
     def publish() -> None:
         values = read_json(context.path / "pruned" / "config.json")
-        companions, final = context.source.save_companions, context.path / "model"
-        save_weights(weights, expected, ids, values, companions, final, _export_dtype(context), replace=final.exists())
+        companions, final, dtype = context.source.save_companions, context.path / "model", _export_dtype(context)
+        save_weights(weights, expected, ids, values, companions, final, dtype, final.exists(), end)
 
     context.world.rank0_decides(publish)
     padded = context.world.rank0_decides(lambda: _pad(context)) if context.recipe.export.pad_to_uniform else None
     epochs = around.loader.epochs(progress.cursors)
     return {
         "loss": {"final": progress.heldout},
+        "loss_error": {"final": progress.heldout_errors},
+        **steered(context, around, progress, config),
         "tokens": progress.tokens,
         "steps": progress.step,
         "epochs": dict(zip(context.tokens.domains, epochs.round(3).tolist(), strict=True)),
@@ -219,31 +263,52 @@ def measure_result(context: Context) -> dict[str, Any]:
     return {"speed": speed, "speed_dtype": str(dtype).removeprefix("torch."), "speed_device": str(context.device)}
 
 
-def starting_shares(context: Context) -> np.ndarray:
-    """Shares [D] before the first step: the domains' weights, or equal ones."""
-    given = {name: domain.weight for name, domain in context.recipe.data.domains.items()}
-    return mixture.starting_weights([given[name] for name in context.tokens.domains])
+def starting_shares(context: Context, tokens: Mapping[str, int] | None = None) -> np.ndarray:
+    """Shares [D] before the first step: the domains' weights, or equal ones. `tokens`: training tokens by domain; left out, of the text."""
+    rule, tokens = context.recipe.mixture, tokens or _training_tokens(context)
+    domains = list(tokens)
+    given: dict[str, float | None] = {name: domain.weight for name, domain in context.recipe.data.domains.items()}
+    if rule.start is not None:
+        path = Path(rule.start)
+        given = context.world.everywhere(lambda: dict(shares_of_run(path, domains)))
+    weights = mixture.starting_weights([given[name] for name in domains])
+    floor, cap = rule.bounds(domains)
+    return mixture.start(rule.update, weights, _knobs(context, tokens), floor=floor, cap=cap)
 
 
-def reference_losses(context: Context, source_losses: Mapping[str, float]) -> dict[str, float] | None:
-    """Reference loss of every domain, in nats/token; None where the mixture is static without one."""
-    given = context.recipe.mixture.reference
-    if given is None:
-        return None
-    return {domain: source_losses[domain] if given == "source" else given[domain] for domain in context.tokens.domains}
+def _training_tokens(context: Context) -> dict[str, int]:
+    tokens = context.tokens
+    return {domain: len(tokens.sequences(domain, "train")) * tokens.sequence_length for domain in tokens.domains}
 
 
-def surroundings(context: Context, stage: str, config: FitConfig, source_losses: Mapping[str, float], offset: int = 0) -> Surroundings:
-    """What `fit` needs around a model in a stage; `offset`: steps of the stages before."""
+def _knobs(context: Context, tokens: Mapping[str, int]) -> mixture.Knobs:
+    rule = context.recipe.mixture
+    return mixture.Knobs(rule.smoothing, rule.step_size, rule.temperature, np.array(list(tokens.values()), np.float64))
+
+
+def surroundings(
+    context: Context, stage: str, config: FitConfig, source_losses: Mapping[str, float], before: Mapping[str, str], offset: int = 0
+) -> Surroundings:
+    """What `fit` needs around a model in a stage.
+
+    Args:
+        context: of the run.
+        stage: `prune` or `train`.
+        config: of the stage.
+        source_losses: the source's held-out losses.
+        before: what the stage's first model loses on every held-out sequence, as `packed` wrote it.
+        offset: steps of the stages before.
+    """
     rule, domains = context.recipe.mixture, context.tokens.domains
-    reference = reference_losses(context, source_losses)
+    reference = context.world.everywhere(lambda: reference_losses(context.recipe, context.source, source_losses, domains))
+    (floor, cap), knobs = rule.bounds(domains), _knobs(context, _training_tokens(context))
+    if note := expected_note(stage, config, rule, [len(rows) for rows in context.heldout.values()]):
+        context.show.note(note)
 
     def reweigh(weights: np.ndarray, losses: Losses) -> np.ndarray:
-        if reference is None:
-            return weights
-        found, wanted = (np.array([values[domain] for domain in domains]) for values in (losses, reference))
+        found, wanted = (np.array([values[domain] for domain in domains]) for values in (losses, reference or losses))
         with alike():
-            return mixture.update(rule.update, weights, found, wanted, smoothing=rule.smoothing, step_size=rule.step_size, domains=domains)
+            return mixture.update(rule.update, weights, found, wanted, knobs, floor=floor, cap=cap, domains=domains)
 
     return Surroundings(
         stage=stage,
@@ -251,9 +316,16 @@ def surroundings(context: Context, stage: str, config: FitConfig, source_losses:
         runtime=context.recipe.runtime,
         device=context.device,
         domains=list(domains),
-        loader=Loader(context.tokens, config.batch_size, context.recipe.seed),
+        loader=Loader(
+            context.tokens,
+            config.batch_size,
+            context.recipe.seed,
+            draw=rule.draw,
+            prefetch=context.recipe.runtime.prefetch,
+            workers=context.recipe.runtime.loader_workers,
+        ),
         objective=context.objective,
-        evaluate=context.evaluate,
+        evaluate=_evaluator(context, config, before),
         reweigh=reweigh,
         reference=reference or {},
         world=context.world,
@@ -262,6 +334,42 @@ def surroundings(context: Context, stage: str, config: FitConfig, source_losses:
         step_offset=offset,
         reweigh_first=stage == "train",
     )
+
+
+def _evaluator(context: Context, config: FitConfig, before: Mapping[str, str]) -> Callable[[nn.Module, bool], tuple[Losses, Errors]]:
+    """Held-out losses on all text, or what the recipe's budget allows for inside a stage; see `surroundings`."""
+    sizes = {domain: len(rows) for domain, rows in context.heldout.items()}
+    count, seed = _update_sequences(context, config), context.recipe.seed
+    subset = {} if count is None else {domain: update_subset(domain, size, count, seed) for domain, size in sizes.items()}
+    rows = {domain: context.heldout[domain][chosen] for domain, chosen in subset.items()}
+    known = unpacked(before) if subset else {}
+
+    def evaluate(model: nn.Module, whole: bool) -> tuple[Losses, Errors]:
+        if whole or not subset:
+            found = context.evaluate(model)
+        else:
+            found = instead_of_all(context.evaluate(model, rows), subset, known)
+        return found.losses, found.errors
+
+    return evaluate
+
+
+def _update_sequences(context: Context, config: FitConfig) -> int | None:
+    """Held-out sequences of each domain in the evaluations inside a stage; None for all."""
+    domains = context.tokens.domains
+    count = context.recipe.mixture.update_sequences(config.steps, config.batch_size, config.evaluate_every, len(domains))
+    return None if count is None or count >= max(map(len, context.heldout.values())) else count
+
+
+def steered(context: Context, around: Surroundings, progress: Progress, config: FitConfig) -> dict[str, Any]:
+    """What the ledger says of the mixture of a stage that is done: its last shares, its reference losses, and what evaluations took."""
+    if note := measured_note(around.stage, progress.seconds, progress.evaluation_seconds):
+        context.show.note(note)
+    return {
+        "shares": dict(zip(around.domains, progress.weights.tolist(), strict=True)),
+        "reference": dict(around.reference) or None,
+        "evaluation": evaluation_cost(progress.seconds, progress.evaluation_seconds, _update_sequences(context, config)),
+    }
 
 
 def sample_ids(context: Context) -> Tensor:

@@ -85,7 +85,7 @@ class Preparation:
 def preparation(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Preparation:
     folder = tmp_path / "text"
     domains = {
-        "web": str(write_lines(folder / "web.jsonl", make_texts(60, 1))),
+        "web": str(write_lines(folder / "web.jsonl", make_texts(100, 1))),
         "code": str(write_lines(folder / "code.jsonl", make_texts(20, 2))),
     }
     config = parse(DataConfig, {"sequence_length": 16, "heldout_sequences": 4, "domains": domains})

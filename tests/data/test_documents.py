@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import zstandard
 
-from shearling.data.documents import find_files, read_files, read_hub
+from shearling.data.documents import BadDocument, Fields
+from shearling.data.files import find_files
+from shearling.data.readings import Reading, file_parts
+from shearling.data.tables import StreamPart
 from shearling.errors import DataError
 
 TEXTS = ["one", "zwei\nZeilen", "трое", ""]
@@ -21,7 +24,14 @@ LINES = "".join(json.dumps({"text": text, "id": 1}) + "\n" for text in TEXTS).en
 def read(path: Path, text_field: str = "text") -> list[str]:
     files, problems = find_files([str(path)], "domains.web.train")
     assert problems == []
-    return list(read_files(files, text_field))
+    fields = Fields(text_field)
+    return list(Reading(file_parts(files, fields), fields))
+
+
+def names(paths: list[str]) -> list[str]:
+    files, problems = find_files(paths, "train")
+    assert problems == []
+    return [file.path for file in files]
 
 
 def zst(data: bytes) -> bytes:
@@ -75,9 +85,9 @@ def test_parquet(tmp_path: Path) -> None:
 
 def test_hub_streams_a_split(tmp_path: Path) -> None:
     (tmp_path / "validation.jsonl").write_bytes(LINES)
-    assert list(read_hub(str(tmp_path), None, "validation", None, "text")) == TEXTS
+    assert list(Reading([StreamPart(str(tmp_path), None, "validation", None)], Fields("text"))) == TEXTS
     with pytest.raises(DataError, match=r"split train: cannot be read") as caught:
-        list(read_hub(str(tmp_path), None, "train", None, "text"))
+        list(Reading([StreamPart(str(tmp_path), None, "train", None)], Fields("text")))
     assert "Check the dataset's name" in str(caught.value)
 
 
@@ -85,16 +95,15 @@ def test_order_is_by_name_and_each_file_comes_once(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.txt", "a/b/c.txt", "10.txt", ".hidden.txt", ".git/x.txt", "a/note.bin"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    files, problems = find_files([str(tmp_path), f"{tmp_path}/*.txt", f"{tmp_path}/b.txt", f"{tmp_path}/**/c.txt"], "train")
-    assert problems == []
-    assert [str(file.relative_to(tmp_path)) for file in files] == ["10.txt", "a/b/c.txt", "a/z.txt", "b.txt"]
+    found = names([str(tmp_path), f"{tmp_path}/*.txt", f"{tmp_path}/b.txt", f"{tmp_path}/**/c.txt"])
+    assert found == [f"{tmp_path}/{name}" for name in ("10.txt", "a/b/c.txt", "a/z.txt", "b.txt")]
 
 
 def test_brackets_in_a_folder_are_no_glob(tmp_path: Path) -> None:
     (tmp_path / "v[1]").mkdir()
     (tmp_path / "v[1]" / "a.txt").write_text("x")
     for path in ("v[1]", "v[1]/a.txt", "v[1]/*.txt"):
-        assert find_files([str(tmp_path / path)], "train")[0] == [tmp_path / "v[1]" / "a.txt"]
+        assert names([str(tmp_path / path)]) == [f"{tmp_path}/v[1]/a.txt"]
 
 
 def test_all_problems_with_paths_at_once(tmp_path: Path) -> None:
@@ -134,6 +143,7 @@ def test_broken_files(tmp_path: Path, name: str, data: bytes, expected: str) -> 
         read(tmp_path / name)
     assert f"{tmp_path / name}: {expected}" in str(caught.value)
     assert len(str(caught.value)) < 600
+    assert isinstance(caught.value, BadDocument) is ("decompressed" not in expected)
 
 
 def test_half_a_surrogate_pair_is_replaced(tmp_path: Path) -> None:

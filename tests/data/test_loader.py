@@ -5,7 +5,10 @@ The token sets are made of arrays in memory: the first two ids of a sequence say
 
 from __future__ import annotations
 
+import gc
 import json
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shearling.data.draw import KINDS, Kind
 from shearling.data.loader import Batch, Loader
-from shearling.data.mixture import update
+from shearling.data.mixture import Knobs, update
 from shearling.data.order import sample_indices
 from shearling.data.tokens import SPLITS, TokenSet
 
@@ -130,43 +134,114 @@ SIZES, R, STEPS = (700, 90, 110), 40, 250
 def moved(weights: Any, step: int) -> Any:
     """The shares after an evaluation with losses that swing."""
     losses = 2.0 + np.random.default_rng(step).normal(size=3)
-    return update("unclipped", weights, losses, np.array([2.0, 2.0, 2.0]), smoothing=0.05, step_size=0.5)
+    return update("unclipped", weights, losses, np.array([2.0, 2.0, 2.0]), Knobs(smoothing=0.05, step_size=0.5))
 
 
-def run_through(kills: list[int], ranks: int = 1) -> list[tuple[int, int]]:
-    """(domain, sample) of every draw of a run, in order, as `ranks` processes read them; before each step in `kills` all begin anew."""
-    loaders = [Loader(token_set(*SIZES), R, seed=11) for _ in range(ranks)]
+def run_through(kills: list[int], ranks: int = 1, every: int = 8, **how: Any) -> tuple[list[tuple[int, int]], list[Any]]:
+    """(domain, sample) of every draw of a run, in order, as `ranks` processes read them, and the weights of every step.
+
+    Before each step in `kills` all begin anew; the weights move after `every` steps.
+    """
+
+    def begin() -> list[Loader]:
+        return [Loader(token_set(*SIZES), R, seed=11, **how) for _ in range(ranks)]
+
+    loaders = begin()
     weights, cursors = np.array([0.5, 0.3, 0.2]), loaders[0].start()
-    order, sizes = [], set()
+    order, shares, sizes = [], [], set()
     for step in range(STEPS):
         if step in kills:
             weights, cursors, text = saved(weights, cursors)
             sizes.add(len(text))
-            loaders = [Loader(token_set(*SIZES), R, seed=11) for _ in range(ranks)]
+            loaders = begin()
+        shares.append(weights)
         parts = [
             loader.batch(step, weights, cursors, slice(rank * R // ranks, (rank + 1) * R // ranks)) for rank, loader in enumerate(loaders)
         ]
         order += [pair for part in parts for pair in drawn(part)]
         cursors = parts[0].cursors
         assert all(np.array_equal(part.cursors, cursors) for part in parts)
-        if step % 8 == 7:
+        if step % every == every - 1:
             weights = moved(weights, step)
     assert not sizes or max(sizes) < 140  # the state does not grow with the steps
-    return order
+    return order, shares
 
 
 @pytest.fixture(scope="module")
 def undisturbed() -> list[tuple[int, int]]:
-    return run_through([])
+    return run_through([])[0]
 
 
+@pytest.mark.parametrize("workers", range(5))
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_ten_thousand_draws_are_the_same_after_kills_anywhere(undisturbed: list[tuple[int, int]], ranks: int) -> None:
-    """While the shares move; in order, and on any number of processes."""
+def test_ten_thousand_draws_are_the_same_after_kills_anywhere(undisturbed: list[tuple[int, int]], ranks: int, workers: int) -> None:
+    """While the shares move; in order, and on any number of processes, with any number of threads that read ahead."""
     assert len(undisturbed) == 10_000
     for domain, size in enumerate(SIZES):
         order = [sample for other, sample in undisturbed if other == domain]
         assert len(order) > 3 * size
         assert order == sample_indices(np.arange(len(order)), size, 11, f"d{domain}").tolist()
-    kills = np.random.default_rng(ranks).choice(STEPS, 40, replace=False).tolist()
-    assert run_through(kills, ranks) == undisturbed
+    kills = np.random.default_rng([ranks, workers]).choice(STEPS, 12, replace=False).tolist()
+    assert run_through(kills, ranks, prefetch=1 + workers, workers=workers)[0] == undisturbed
+
+
+@pytest.mark.parametrize("draw", KINDS)
+@pytest.mark.parametrize("every", [1, 3, 50])
+def test_ten_thousand_draws_match_the_shares_as_they_move(draw: Kind, every: int) -> None:
+    """Independent draws within five standard deviations of a sum of binomials, even ones within less than 1 of every step."""
+    order, shares = run_through([], every=every, draw=draw)
+    domains = np.array([domain for domain, _ in order]).reshape(STEPS, R)
+    for number, share_S in enumerate(np.array(shares).T):
+        found_S = (domains == number).sum(axis=1)
+        assert abs(found_S.sum() - R * share_S.sum()) < 5 * np.sqrt(R * (share_S * (1 - share_S)).sum())
+        if draw == "low-discrepancy":
+            assert (np.abs(found_S - R * share_S) < 1).all()
+
+
+def test_what_is_kept_in_memory_does_not_grow_with_the_steps() -> None:
+    loader = Loader(token_set(83, 31), 7, seed=5, prefetch=2)
+    cursors, weights, held = loader.start(), WEIGHTS, []
+    tracemalloc.start()
+    try:
+        for step in range(20_000):
+            if step % 25 == 24:
+                weights = weights[::-1]
+            cursors = loader.batch(step, weights, cursors).cursors
+            if step % 4000 == 3999:
+                gc.collect()
+                held.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+        loader.close()
+    assert max(held[1:]) - held[1] < 2**15, held  # the samples of so many steps would be 20 times as much
+
+
+def test_the_cost_of_a_start_does_not_hang_on_the_size() -> None:
+    """A domain of 10^12 sequences is begun, and gone on with far inside, in the memory and about the time of one of 10^6."""
+
+    class Endless:
+        def __init__(self, size: int) -> None:
+            self.shape, self.dtype = (size, T), np.dtype("<u2")
+
+        def __len__(self) -> int:
+            return self.shape[0]
+
+        def __getitem__(self, index: int) -> Any:
+            assert 0 <= index < len(self)
+            return np.zeros(T, self.dtype)
+
+    seconds = {}
+    for size in (10**6, 10**12):
+        tokens = token_set(1)
+        tokens = TokenSet(tokens.path, tokens.manifest, {("d0", "train"): Endless(size)})  # type: ignore[dict-item]
+        tries = []
+        for _ in range(5):
+            tracemalloc.start()
+            began = time.perf_counter()
+            batch = Loader(tokens, 16, seed=3).batch(10**6, np.ones(1), np.array([3 * size + size // 2]))
+            tries.append(time.perf_counter() - began)
+            assert tracemalloc.get_traced_memory()[1] < 2**22
+            tracemalloc.stop()
+        assert batch.samples.tolist() == sample_indices(3 * size + size // 2 + np.arange(16), size, 3, "d0").tolist()
+        seconds[size] = min(tries)
+    assert seconds[10**12] < 10 * seconds[10**6]  # up to 4 walks of the cycle each

@@ -16,6 +16,7 @@ from shearling.config import parse
 from shearling.data import pack
 from shearling.data import prepare as prepare_module
 from shearling.data.config import DataConfig
+from shearling.data.pack import Progress
 from shearling.data.prepare import prepare
 from shearling.data.tokens import open_tokens
 from shearling.errors import DataError, OutputError
@@ -31,7 +32,7 @@ def config(domains: dict[str, Any], **fields: Any) -> DataConfig:
 
 def documents_of(rows: np.ndarray) -> set[tuple[int, ...]]:
     """The whole documents in the rows of a split."""
-    flat, documents = rows.reshape(-1).tolist(), set()
+    flat, documents = rows[:].reshape(-1).tolist(), set()
     while 0 in flat:
         end = flat.index(0)
         documents.add(tuple(flat[:end]))
@@ -45,10 +46,10 @@ def web(tmp_path: Path, texts: Texts, jsonl: Jsonl) -> Path:
 
 
 def test_end_to_end(tmp_path: Path, web: Path, texts: Texts, tokenizer: Any) -> None:
-    calls: list[tuple[str, int, int]] = []
+    calls: list[Progress] = []
     manifest = prepare(
         config({"web": str(web)}, heldout_sequences=100), tokenizer, len(tokenizer), tmp_path / "out", seed=1,
-        progress=lambda *a: calls.append(a),
+        progress=calls.append,
     )  # fmt: skip
     facts = manifest["domains"]["web"]
     assert manifest["dtype"] == "<u2"
@@ -67,14 +68,16 @@ def test_end_to_end(tmp_path: Path, web: Path, texts: Texts, tokenizer: Any) -> 
     assert facts["bytes"] == sum(len(text.encode()) for text in texts(600, seed=1))
     in_order = [document for document in whole if document not in documents_of(heldout)]
     assert train[:-2].reshape(-1).tolist() == [id_ for document in in_order for id_ in (*document, 0)][: train[:-2].size]
-    assert calls[-1] == ("web", 600, facts["tokens"])
+    last = calls[-1]
+    assert (last.domain, last.documents, last.tokens, last.share, last.seconds_left) == ("web", 600, facts["tokens"], 1, 0)
+    assert last.documents_per_second == 600 / last.seconds
 
 
 def test_bos_only_where_the_tokenizer_adds_it(tmp_path: Path, web: Path, tokenizer_factory: Callable[..., Any]) -> None:
     for bos in (False, True):
         tokenizer = tokenizer_factory(bos=bos)
         prepare(config({"web": str(web)}), tokenizer, len(tokenizer), tmp_path / f"out{bos}", seed=1)
-        flat = open_tokens(tmp_path / f"out{bos}").sequences("web", "train").reshape(-1)
+        flat = open_tokens(tmp_path / f"out{bos}").sequences("web", "train")[:].reshape(-1)
         after = flat[1:][flat[:-1] == 0]
         assert (flat[0] == 1) == bos
         assert (after == 1).all() if bos else (flat != 1).all()
@@ -98,7 +101,7 @@ def test_two_runs_give_the_same_bytes_wherever_the_text_lies(
     monkeypatch.setattr(pack, "_BATCH_DOCUMENTS", 7)
     prepare(config({"web": "moved/web.jsonl"}).resolved(tmp_path), tokenizer, 100, tmp_path / "two", seed=1)
     names = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert names == ["manifest.json", "web.heldout.bin", "web.train.bin"]
+    assert names == ["manifest.json", "web.heldout.00000.bin", "web.train.00000.bin"]
     for name in names:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".tmp")] == []
@@ -108,9 +111,9 @@ def test_complete_output_is_returned_and_another_refused(tmp_path: Path, web: Pa
     out = tmp_path / "out"
     out.mkdir()  # an empty directory is as good as none
     first = prepare(config({"web": str(web)}), tokenizer, 100, out, seed=1)
-    before = (out / "web.train.bin").stat().st_mtime_ns
+    before = (out / "web.train.00000.bin").stat().st_mtime_ns
     assert prepare(config({"web": {"train": str(web), "weight": 2.0}}), tokenizer, 100, out, seed=1) == first
-    assert (out / "web.train.bin").stat().st_mtime_ns == before
+    assert (out / "web.train.00000.bin").stat().st_mtime_ns == before
     with pytest.raises(OutputError, match="sequence_length: 16 there, 32 asked for"):
         prepare(config({"web": str(web)}, sequence_length=32), tokenizer, 100, out, seed=1)
     with pytest.raises(OutputError, match="seed: 1 there, 2 asked for; vocab_size: 100 there, 101 asked for"):
@@ -216,7 +219,7 @@ def test_heldout_files_of_its_own(tmp_path: Path, texts: Texts, jsonl: Jsonl, to
     assert (web["documents"], web["overlapping_documents"], code["overlapping_documents"]) == (40, 3, 1)
     tokens = open_tokens(tmp_path / "out")
     wanted = [id_ for text in heldout for id_ in [*tokenizer(text)["input_ids"], 0]]
-    assert tokens.sequences("web", "heldout").reshape(-1).tolist() == wanted[: 5 * T]
+    assert tokens.sequences("web", "heldout")[:].reshape(-1).tolist() == wanted[: 5 * T]
     for domain in tokens.domains:
         assert not documents_of(tokens.sequences(domain, "train")) & {tuple(tokenizer(text)["input_ids"]) for text in heldout}
 
@@ -233,8 +236,8 @@ def test_few_documents_are_split_inside(tmp_path: Path, texts: Texts, tokenizer:
     tail = 8 * T // 2  # as much of each as fills the rows together
     heldout = [*whole[0][-tail:], 0, *whole[1][-tail:], 0]
     train = [*whole[0][:-tail], 0, *whole[1][:-tail], 0]
-    assert tokens.sequences("books", "heldout").reshape(-1).tolist() == heldout[: 8 * T]
-    assert tokens.sequences("books", "train").reshape(-1).tolist() == train[: len(train) // T * T]
+    assert tokens.sequences("books", "heldout")[:].reshape(-1).tolist() == heldout[: 8 * T]
+    assert tokens.sequences("books", "train")[:].reshape(-1).tolist() == train[: len(train) // T * T]
     most = prepare(config({"books": str(tmp_path / "*.txt")}, heldout_sequences=500), tokenizer, 100, tmp_path / "most", seed=1)
     assert most["domains"]["books"]["heldout_sequences"] == 2 * (200 + 1) // T
     assert "25 of 500 held-out sequences could be filled" in most["domains"]["books"]["notes"][1]
@@ -309,7 +312,7 @@ def test_short_domains_are_found_before_long_ones_are_tokenised(tmp_path: Path, 
     seen: list[str] = []
     domains = {"web": str(web), "short": str(jsonl(tmp_path / "a.jsonl", ["w1"]))}
     with pytest.raises(DataError, match="domain short is too short"):
-        prepare(config(domains), tokenizer, 100, tmp_path / "out", seed=1, progress=lambda domain, *_: seen.append(domain))
+        prepare(config(domains), tokenizer, 100, tmp_path / "out", seed=1, progress=lambda now: seen.append(now.domain))
     assert set(seen) == {"short"}
 
 
@@ -333,3 +336,54 @@ def test_ids_beyond_the_vocabulary(tmp_path: Path, web: Path, tokenizer_factory:
     )
     with pytest.raises(DataError, match="the id 900 where the model has 100 tokens"):
         prepare(config({"web": str(web)}), holed, 100, tmp_path / "out", seed=1)
+
+
+@pytest.mark.parametrize("limit", [None, 40])
+def test_batches_and_threads_leave_no_trace(
+    tmp_path: Path, texts: Texts, jsonl: Jsonl, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, limit: int | None
+) -> None:
+    """Nor in the counts of what was dropped, though more is read ahead than is used."""
+    unique = texts(400, seed=3)
+    lines = [*unique[:100], *unique[:30], "", *unique[100:300], *unique[90:120], *unique[300:], *unique[:5]]
+    data = config({"web": str(jsonl(tmp_path / "a.jsonl", lines))}, heldout_sequences=3, max_train_sequences=limit)
+    found = []
+    for number, (documents, characters, ahead) in enumerate([(1, 1, 1), (7, 2**20, 2), (10**6, 900, 5), (10**6, 2**20, 2)]):
+        monkeypatch.setattr(pack, "_BATCH_DOCUMENTS", documents)
+        monkeypatch.setattr(pack, "_BATCH_CHARACTERS", characters)
+        monkeypatch.setattr(pack, "_AHEAD", ahead)
+        prepare(data, tokenizer, 100, tmp_path / str(number), seed=1)
+        found.append({path.name: path.read_bytes() for path in (tmp_path / str(number)).iterdir() if path.suffix in (".json", ".bin")})
+    assert all(files == found[0] for files in found)
+    facts = json.loads(found[0]["manifest.json"])["domains"]["web"]
+    assert facts["duplicate_documents"] == (65 if limit is None else 0)
+    assert len(found[0]) == 3
+
+
+def test_what_reading_drops_is_counted(tmp_path: Path, texts: Texts, jsonl: Jsonl, tokenizer: Any) -> None:
+    """On both sides, and the first broken documents are named."""
+    train, own = jsonl(tmp_path / "train.jsonl", texts(300, seed=1)), jsonl(tmp_path / "own.jsonl", texts(30, seed=2))
+    for path, broken in ((train, ["{", '{"other": 1}']), (own, ['{"text": 3}'])):
+        path.write_text("\n".join([*broken, path.read_text()]))
+    data = config({"web": {"train": str(train), "heldout": str(own)}}, bad_documents="skip")
+    facts = prepare(data, tokenizer, 100, tmp_path / "out", seed=1)["domains"]["web"]
+    assert (facts["skipped_documents"], facts["filtered_documents"], facts["documents"]) == (3, 0, 300)
+    (note,) = [note for note in facts["notes"] if "broken" in note]
+    assert note.startswith("web: 3 broken documents were left out, the first at ")
+    assert [f"{path}: line {line}" in note for path, line in ((own, 1), (train, 1), (train, 2))] == [True] * 3
+
+
+def test_a_long_domain_is_cut_into_shards(tmp_path: Path, web: Path, tokenizer: Any) -> None:
+    """The rows are those of one shard, and one damaged shard is made anew with its domain."""
+    one = prepare(config({"web": str(web)}), tokenizer, 100, tmp_path / "one", seed=1)
+    facts = prepare(config({"web": str(web)}), tokenizer, 100, tmp_path / "many", seed=1, shard_tokens=2048)["domains"]["web"]
+    shards = facts["shards"]["train"]
+    assert len(shards) > 5 and [shard["sequences"] for shard in shards[:-1]] == [128] * (len(shards) - 1)
+    rows = [open_tokens(tmp_path / name).sequences("web", "train")[:] for name in ("one", "many")]
+    assert np.array_equal(*rows) and len(rows[0]) == one["domains"]["web"]["train_sequences"]
+    file = tmp_path / "many" / "web.train.00003.bin"
+    sound = file.read_bytes()
+    file.write_bytes(sound[:-1])
+    prepare(config({"web": str(web)}), tokenizer, 100, tmp_path / "many", seed=1, shard_tokens=2048)
+    assert file.read_bytes() == sound
+    with pytest.raises(OutputError, match="shard_sequences: 128 there, 4194304 asked for"):
+        prepare(config({"web": str(web)}), tokenizer, 100, tmp_path / "many", seed=1)

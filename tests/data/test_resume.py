@@ -15,13 +15,14 @@ import faults
 from faults import in_child_killed_at
 from shearling.config import parse
 from shearling.data.config import DataConfig
+from shearling.data.pack import Progress
 from shearling.data.prepare import prepare
 from shearling.data.tokens import open_tokens
 from shearling.data.verified import VERIFIED
 from shearling.errors import ArtifactError, DataError, OutputError, StorageError
 
-SHARDS = ("web.train.bin", "web.heldout.bin", "code.train.bin", "code.heldout.bin")
-ONE_DOMAIN = ["code.heldout.bin", "code.train.bin", "manifest.json"]
+SHARDS = ("web.train.00000.bin", "web.heldout.00000.bin", "code.train.00000.bin", "code.heldout.00000.bin")
+ONE_DOMAIN = ["code.heldout.00000.bin", "code.train.00000.bin", "manifest.json"]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -36,8 +37,8 @@ def names(folder: Path) -> list[str]:
 def stop_in(domain: str, error: BaseException) -> Callable[..., None]:
     """A progress function that raises `error` once `domain` is being tokenised."""
 
-    def progress(name: str, *_: int) -> None:
-        if name == domain:
+    def progress(now: Progress) -> None:
+        if now.domain == domain:
             raise error
 
     return progress
@@ -89,11 +90,11 @@ def test_other_settings_begin_anew(preparation: Any, begun: Path, tmp_path: Path
 
 
 def _cut(folder: Path) -> None:
-    with (folder / "code.train.bin").open("r+b") as file:
+    with (folder / "code.train.00000.bin").open("r+b") as file:
         file.truncate(8)
 
 
-def _flip(folder: Path, name: str = "code.heldout.bin", position: int = 0) -> None:
+def _flip(folder: Path, name: str = "code.heldout.00000.bin", position: int = 0) -> None:
     data = bytearray((folder / name).read_bytes())
     data[position] ^= 1
     (folder / name).write_bytes(data)
@@ -109,9 +110,9 @@ def _replace_by_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "kept"),
     [
-        (lambda folder: (folder / "web.train.bin").write_bytes(b"half a shard"), True),
+        (lambda folder: (folder / "web.train.00000.bin").write_bytes(b"half a shard"), True),
         (lambda folder: (folder / "nested").mkdir(), True),
-        (lambda folder: (folder / "code.train.bin").unlink(), False),
+        (lambda folder: (folder / "code.train.00000.bin").unlink(), False),
         (_cut, False),
         (_flip, False),
         (lambda folder: (folder / "manifest.json").unlink(), False),
@@ -152,7 +153,7 @@ def test_killed_anywhere_then_killed_again(preparation: Any, tmp_path: Path, cle
 def test_a_full_disk_leaves_only_finished_domains(
     preparation: Any, tmp_path: Path, clean: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    from shearling.data.tokens import ShardWriter
+    from shearling.data.shards import ShardWriter
 
     write = ShardWriter._write
 
@@ -175,9 +176,9 @@ def test_a_full_disk_leaves_only_finished_domains(
 
 def test_a_file_that_cannot_grow(preparation: Any, tmp_path: Path, clean: dict[str, bytes]) -> None:
     """The system's own refusal, at any byte of the larger shard."""
-    largest = len(clean["web.train.bin"])
-    assert largest > 3000 > max(len(data) for name, data in clean.items() if name != "web.train.bin")
-    for limit in (3000, largest - 1):
+    largest = len(clean["web.train.00000.bin"])
+    assert largest > 4000 > max(len(data) for name, data in clean.items() if name != "web.train.00000.bin")
+    for limit in (4000, largest - 1):
         pid = os.fork()
         if pid == 0:
             try:
@@ -200,7 +201,7 @@ def test_a_file_that_cannot_grow(preparation: Any, tmp_path: Path, clean: dict[s
 @pytest.mark.parametrize("damage", ["missing", "cut", "flipped", "a directory"])
 def test_only_the_damaged_domain_is_made_anew(preparation: Any, tmp_path: Path, clean: dict[str, bytes], shard: str, damage: str) -> None:
     out = tmp_path / "clean" / "out"
-    other = "code.train.bin" if shard.startswith("web") else "web.train.bin"
+    other = "code.train.00000.bin" if shard.startswith("web") else "web.train.00000.bin"
     inode = (out / other).stat().st_ino
     (out / shard).unlink()
     if damage == "a directory":
@@ -225,7 +226,7 @@ def test_mending_where_files_cannot_be_linked(
         raise PermissionError(errno.EPERM, "no links here")
 
     monkeypatch.setattr(os, "link", link)
-    (tmp_path / "clean" / "out" / "web.train.bin").unlink()
+    (tmp_path / "clean" / "out" / "web.train.00000.bin").unlink()
     preparation(tmp_path / "clean" / "out")
     assert contents(tmp_path / "clean" / "out") == clean
 
@@ -240,7 +241,7 @@ def test_mending_killed_anywhere(preparation: Any, tmp_path: Path, clean: dict[s
         out.mkdir(parents=True)
         for name, data in clean.items():
             (out / name).write_bytes(data)
-        _flip(out, "code.train.bin")
+        _flip(out, "code.train.00000.bin")
         damaged = contents(out)
         killed = in_child_killed_at(k, lambda out=out: preparation(out))
         aside = out.parent / ".aside-out"
@@ -264,13 +265,13 @@ def test_a_text_that_changed_is_not_mixed_in(preparation: Any, tmp_path: Path, c
     out, source = tmp_path / "clean" / "out", preparation.folder / "code.jsonl"
     text = source.read_text()
     source.write_text("".join({"1": "2", "2": "1"}.get(letter, letter) for letter in text))
-    _flip(out, "code.train.bin")
+    _flip(out, "code.train.00000.bin")
     damaged = contents(out)
     for _ in range(2):
         with pytest.raises(ArtifactError) as caught:
             preparation(out)
         assert caught.value.exit_code == 3
-        assert "code.train.bin" in [problem.field for problem in caught.value.problems]
+        assert "code.train.00000.bin" in [problem.field for problem in caught.value.problems]
         for problem in caught.value.problems:
             assert "is expected" in problem.found
             assert f"delete {out}" in problem.remedy
@@ -294,7 +295,7 @@ def test_a_broken_manifest_is_not_guessed_at(preparation: Any, tmp_path: Path, c
 def test_a_half_made_folder_under_the_final_name(preparation: Any, begun: Path, tmp_path: Path, clean: dict[str, bytes]) -> None:
     """Renamed by hand it is refused, and completed by the same command."""
     begun.rename(tmp_path / "out")
-    with pytest.raises(ArtifactError, match=r"web\.train\.bin: found no such domain"):
+    with pytest.raises(ArtifactError, match=r"domains\.web: found no such domain.*complete it"):
         open_tokens(tmp_path / "out")
     preparation(tmp_path / "out")
     assert preparation.packed == ["web"]
@@ -303,7 +304,7 @@ def test_a_half_made_folder_under_the_final_name(preparation: Any, begun: Path, 
 
 def test_a_link_is_followed(preparation: Any, tmp_path: Path, clean: dict[str, bytes]) -> None:
     (tmp_path / "out").symlink_to(tmp_path / "clean" / "out")
-    (tmp_path / "out" / "web.train.bin").unlink()
+    (tmp_path / "out" / "web.train.00000.bin").unlink()
     preparation(tmp_path / "out")
     assert (tmp_path / "out").is_symlink()
     assert contents(tmp_path / "clean" / "out") == clean
@@ -312,7 +313,7 @@ def test_a_link_is_followed(preparation: Any, tmp_path: Path, clean: dict[str, b
 def test_mending_keeps_the_order_of_the_domains(preparation: Any, tmp_path: Path, clean: dict[str, bytes]) -> None:
     """Weights and cursors of a run are saved in this order."""
     out = tmp_path / "clean" / "out"
-    (out / "web.train.bin").unlink()
+    (out / "web.train.00000.bin").unlink()
     values = preparation.config.model_dump()
     values["domains"] = dict(reversed(values["domains"].items()))
     prepare(parse(DataConfig, values), preparation.tokenizer, 100, out, seed=1)

@@ -11,48 +11,50 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from shearling.config import parse
 from shearling.data.config import DataConfig
 from shearling.data.prepare import prepare
-from shearling.data.tokens import ShardWriter, fingerprint, open_tokens
+from shearling.data.tokens import fingerprint, open_tokens, split_digest
 from shearling.errors import ArtifactError
 
-SHARDS = ("web.train.bin", "web.heldout.bin", "code.train.bin", "code.heldout.bin")
+SHARDS = ("web.train.00000.bin", "web.train.00001.bin", "web.train.00002.bin", "web.heldout.00000.bin", "code.heldout.00000.bin")
 
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory, texts: Any, jsonl: Any, tokenizer: Any) -> Path:
     folder = tmp_path_factory.mktemp("tokens")
     domains = {name: str(jsonl(folder / f"{name}.jsonl", texts(50, seed=seed))) for seed, name in enumerate(("web", "code"))}
-    prepare(parse(DataConfig, {"domains": domains, "sequence_length": 16}), tokenizer, 100, folder / "out", seed=1)
+    prepare(parse(DataConfig, {"domains": domains, "sequence_length": 16}), tokenizer, 100, folder / "out", seed=1, shard_tokens=512)
     return folder / "out"
 
 
 def test_rows_cannot_be_written_to(prepared: Path) -> None:
     tokens = open_tokens(prepared)
     assert tokens.domains == ("web", "code")
-    with pytest.raises(ValueError, match="read-only"):
-        tokens.sequences("web", "train")[0, 0] = 5
+    rows = tokens.sequences("web", "train")
+    with pytest.raises(TypeError, match="does not support item assignment"):
+        rows[0, 0] = 5  # type: ignore[index]
+    for part in (rows[0], rows[:3]):
+        with pytest.raises(ValueError, match="read-only"):
+            part[..., 0] = 5
 
 
 def _flip(folder: Path) -> None:
-    data = bytearray((folder / "code.train.bin").read_bytes())
+    data = bytearray((folder / "code.train.00000.bin").read_bytes())
     data[7] ^= 1
-    (folder / "code.train.bin").write_bytes(data)
+    (folder / "code.train.00000.bin").write_bytes(data)
 
 
 def _cut(folder: Path) -> None:
-    data = (folder / "web.heldout.bin").read_bytes()
-    (folder / "web.heldout.bin").write_bytes(data[:-2])
+    data = (folder / "web.heldout.00000.bin").read_bytes()
+    (folder / "web.heldout.00000.bin").write_bytes(data[:-2])
 
 
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (lambda folder: (folder / "web.train.bin").unlink(), r"web\.train\.bin: found No such file"),
+        (lambda folder: (folder / "web.train.00000.bin").unlink(), r"web\.train\.00000\.bin: found No such file"),
         (lambda folder: (folder / "manifest.json").unlink(), r"manifest\.json: is missing"),
         (lambda folder: (folder / "manifest.json").write_text("{"), "not valid JSON"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "format: found list"),
@@ -98,7 +100,7 @@ def test_all_damaged_shards_are_named_at_once(prepared: Path, tmp_path: Path) ->
     _cut(tmp_path / "out")
     with pytest.raises(ArtifactError, match="2 shards cannot be used") as caught:
         open_tokens(tmp_path / "out")
-    assert [problem.field for problem in caught.value.problems] == ["web.heldout.bin", "code.train.bin"]
+    assert [problem.field for problem in caught.value.problems] == ["web.heldout.00000.bin", "code.train.00000.bin"]
 
 
 def test_a_cut_or_flipped_manifest_changes_nothing_unnoticed(prepared: Path, tmp_path: Path) -> None:
@@ -118,9 +120,9 @@ def test_a_cut_or_flipped_manifest_changes_nothing_unnoticed(prepared: Path, tmp
             continue
         for name in ("domains", "sequence_length", "vocab_size"):
             assert getattr(found, name) == getattr(tokens, name), position
-        for key, ids in tokens.arrays.items():
-            assert np.array_equal(found.arrays[key], ids)
-            assert found.arrays[key].dtype == ids.dtype
+        for key, rows in tokens.arrays.items():
+            assert np.array_equal(found.arrays[key][:], rows[:])
+            assert found.arrays[key].dtype == rows.dtype
     assert refused > 75
     for length in (0, 1, 8, len(sound) // 2, len(sound) - 1):
         (out / "manifest.json").write_bytes(sound[:length])
@@ -137,26 +139,35 @@ def test_without_verification_only_sizes_are_checked(prepared: Path, tmp_path: P
         open_tokens(tmp_path / "out", verify=False)
 
 
-DIGESTS = {"train": "", "heldout": ""}
+def listed(domain: str, rows: int) -> dict[str, Any]:
+    """What a manifest says of a domain with one shard of so many rows on each side."""
+    shards = {split: [{"file": f"{domain}.{split}.00000.bin", "sequences": rows, "sha256": "0" * 64}] for split in ("train", "heldout")}
+    return {"train_sequences": rows, "heldout_sequences": rows, "shards": shards}
 
 
 @pytest.mark.parametrize(
     ("change", "field"),
     [
-        ({"format": 2}, "format"),
+        ({"format": 1}, "format"),
+        ({"format": 3}, "format"),
         ({"dtype": "|O"}, "dtype"),
         ({"sequence_length": "16"}, "sequence_length"),
         ({"vocab_size": 0}, "vocab_size"),
         ({"domains": {}}, "domains"),
-        ({"domains": {"../../etc/x": {"train_sequences": 1, "heldout_sequences": 1, "sha256": DIGESTS}}}, "domains.../../etc/x"),
-        ({"domains": {"web": {"train_sequences": -1, "heldout_sequences": 1, "sha256": DIGESTS}}}, "domains.web"),
+        ({"domains": {"../../etc/x": listed("../../etc/x", 1)}}, "domains.../../etc/x"),
+        ({"domains": {"web": listed("web", 1) | {"train_sequences": -1}}}, "domains.web"),
         ({"domains": {"web": 3}}, "domains.web"),
-        ({"domains": {"web": {"train_sequences": 10**4000, "heldout_sequences": 1, "sha256": DIGESTS}}}, "domains.web"),
-        ({"domains": {"other": {"train_sequences": 1, "heldout_sequences": 1, "sha256": DIGESTS}}}, "domains.other"),
+        ({"domains": {"web": listed("web", 1) | {"train_sequences": 10**4000}}}, "domains.web"),
+        ({"domains": {"other": listed("other", 1)}}, "domains.other"),
         ({"vocab_size": 99}, "vocab_size"),
         ({"sequence_length": 8}, "sequence_length"),
         ({"tokenizer": "0" * 64}, "tokenizer"),
         ({"dtype": "<u4"}, "dtype"),
+        ({"document_end": 1}, "document_end"),
+        ({"document_end": -1}, "document_end"),
+        ({"document_end": None}, "document_end"),
+        ({"shard_sequences": 33, "domains": {"web": listed("web", 1)}}, "shard_sequences"),
+        ({"shard_sequences": 0}, "shard_sequences"),
         ({"settings": {}}, "fingerprint"),
         ({"settings": {"domains": 3}, "fingerprint": fingerprint({"domains": 3})}, "fingerprint"),
         ({"fingerprint": None}, "fingerprint"),
@@ -171,30 +182,72 @@ def test_manifests_are_not_trusted(prepared: Path, tmp_path: Path, change: dict[
     assert [problem.field for problem in caught.value.problems] == [field]
 
 
-@settings(max_examples=40, deadline=None)
-@given(
-    runs=st.lists(st.lists(st.integers(0, 65535), max_size=30), max_size=12), limit=st.none() | st.integers(0, 9), block=st.integers(1, 50)
+def _first(manifest: dict[str, Any]) -> dict[str, Any]:
+    shard: dict[str, Any] = manifest["domains"]["web"]["shards"]["train"][0]
+    return shard
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["domains"]["web"].pop("shards"),
+        lambda manifest: manifest["domains"]["web"]["shards"].pop("heldout"),
+        lambda manifest: manifest["domains"]["web"]["shards"].update(train=[]),
+        lambda manifest: manifest["domains"]["web"]["shards"].update(train="web.train.00000.bin"),
+        lambda manifest: manifest["domains"]["web"]["shards"]["train"].reverse(),
+        lambda manifest: manifest["domains"]["web"]["shards"]["train"].pop(),
+        lambda manifest: manifest["domains"]["web"].update(train_sequences=manifest["domains"]["web"]["train_sequences"] + 1),
+        lambda manifest: _first(manifest).update(file="../../etc/passwd"),
+        lambda manifest: _first(manifest).update(file="code.train.00000.bin"),
+        lambda manifest: _first(manifest).update(file=None),
+        lambda manifest: _first(manifest).update(sequences=True),
+        lambda manifest: _first(manifest).update(sequences=33),
+        lambda manifest: _first(manifest).update(sha256="0" * 63),
+        lambda manifest: _first(manifest).update(sha256="../" * 21 + "x"),
+        lambda manifest: _first(manifest).pop("sha256"),
+    ],
 )
-def test_writer_packs_rows(tmp_path_factory: pytest.TempPathFactory, runs: list[list[int]], limit: int | None, block: int) -> None:
-    file = tmp_path_factory.mktemp("writer") / "a.bin"
-    with ShardWriter(file, 8, np.dtype("<u2"), limit) as writer:
-        writer._BLOCK = block  # type: ignore[misc]
-        for run in runs:
-            writer.add(np.array(run, dtype=np.int64))
-        digest = writer.finish()
-        rows = writer.sequences
-    flat = [id_ for run in runs for id_ in run]
-    assert rows == min(len(flat) // 8, len(flat) if limit is None else limit)
-    assert np.fromfile(file, dtype="<u2").tolist() == flat[: rows * 8]
-    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+def test_a_list_of_shards_that_makes_no_sense(prepared: Path, tmp_path: Path, change: Callable[[Any], Any]) -> None:
+    shutil.copytree(prepared, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert len(manifest["domains"]["web"]["shards"]["train"]) == 3 and manifest["shard_sequences"] == 32
+    change(manifest)
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"no sound (train|heldout)_sequences and shards") as caught:
+        open_tokens(tmp_path / "out")
+    assert {problem.field for problem in caught.value.problems} == {"domains.web"}
 
 
-def test_a_writer_never_writes_into_a_file_that_is_there(tmp_path: Path) -> None:
-    """It may be linked from a token set in use."""
-    (tmp_path / "in-use.bin").write_bytes(b"sound")
-    (tmp_path / "a.bin").hardlink_to(tmp_path / "in-use.bin")
-    with ShardWriter(tmp_path / "a.bin", 8, np.dtype("<u2"), None) as writer:
-        writer.add(np.arange(8))
-        writer.finish()
-    assert (tmp_path / "in-use.bin").read_bytes() == b"sound"
-    assert (tmp_path / "a.bin").stat().st_size == 16
+def test_uneven_shards_before_the_last_are_refused(prepared: Path, tmp_path: Path) -> None:
+    """A row would be looked for in the wrong shard."""
+    shutil.copytree(prepared, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    first, second, _ = manifest["domains"]["web"]["shards"]["train"]
+    first["sequences"], second["sequences"] = 31, 32
+    manifest["domains"]["web"]["train_sequences"] -= 1
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match="no sound train_sequences and shards"):
+        open_tokens(tmp_path / "out")
+
+
+def test_a_vocabulary_larger_than_the_ids_on_disk_can_say(prepared: Path, tmp_path: Path) -> None:
+    """Even where all else in the manifest agrees."""
+    shutil.copytree(prepared, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest["vocab_size"] = manifest["settings"]["vocab_size"] = 2**16 + 1
+    manifest["fingerprint"] = fingerprint(manifest["settings"])
+    (tmp_path / "out" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"dtype: found '<u2' where '<u4' is expected"):
+        open_tokens(tmp_path / "out")
+
+
+def test_what_the_bytes_of_a_split_are_known_by() -> None:
+    """One shard by its own sha256, several by one over all; another order is another split."""
+    digests = [hashlib.sha256(letter.encode()).hexdigest() for letter in "abc"]
+
+    def known(*chosen: str) -> str:
+        shards = [{"file": "", "sequences": 1, "sha256": digest} for digest in chosen]
+        return split_digest({"shards": {"train": shards}}, "train")
+
+    assert known(digests[0]) == digests[0]
+    assert len({known(*digests), known(*digests[:2]), known(*reversed(digests)), *digests}) == 6

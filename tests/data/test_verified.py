@@ -16,7 +16,7 @@ from shearling.data.tokens import open_tokens
 from shearling.errors import ArtifactError, StorageError
 from shearling.io.files import sha256_file
 
-SHARDS = ("code.heldout.bin", "code.train.bin", "web.heldout.bin", "web.train.bin")
+SHARDS = ("code.heldout.00000.bin", "code.train.00000.bin", "web.heldout.00000.bin", "web.train.00000.bin")
 MEMORY = ".verified.json"
 
 
@@ -80,32 +80,32 @@ def _move(file: Path) -> None:
 def test_only_what_changed_is_read_again(out: Path, read: list[str], change: Callable[[Path], None]) -> None:
     open_tokens(out)
     read.clear()
-    change(out / "web.train.bin")
+    change(out / "web.train.00000.bin")
     open_tokens(out)
     open_tokens(out)
-    assert read == ["web.train.bin"]
+    assert read == ["web.train.00000.bin"]
 
 
 def test_damage_after_verification_is_found(out: Path, read: list[str]) -> None:
     open_tokens(out)
     read.clear()
-    flip(out / "web.train.bin")
+    flip(out / "web.train.00000.bin")
     for _ in range(2):
-        with pytest.raises(ArtifactError, match=r"web\.train\.bin: found sha256"):
+        with pytest.raises(ArtifactError, match=r"web\.train\.00000\.bin: found sha256"):
             open_tokens(out)
         settle(out, 0)
-    assert read == ["web.train.bin"] * 2
+    assert read == ["web.train.00000.bin"] * 2
 
 
 def test_what_was_just_written_is_not_trusted(out: Path, read: list[str]) -> None:
     """Within one tick of a file system's clock a change leaves no trace, so such a file is read each time."""
-    now = (out / "web.train.bin").stat().st_mtime_ns + 100 * 10**9
-    os.utime(out / "web.train.bin", ns=(now, now))
+    now = (out / "web.train.00000.bin").stat().st_mtime_ns + 100 * 10**9
+    os.utime(out / "web.train.00000.bin", ns=(now, now))
     open_tokens(out)
-    data = (out / "web.train.bin").read_bytes()
-    (out / "web.train.bin").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    os.utime(out / "web.train.bin", ns=(now, now))
-    with pytest.raises(ArtifactError, match=r"web\.train\.bin: found sha256"):
+    data = (out / "web.train.00000.bin").read_bytes()
+    (out / "web.train.00000.bin").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(out / "web.train.00000.bin", ns=(now, now))
+    with pytest.raises(ArtifactError, match=r"web\.train\.00000\.bin: found sha256"):
         open_tokens(out)
 
 
@@ -113,9 +113,9 @@ def test_another_manifest_is_compared_anew(out: Path, read: list[str]) -> None:
     """What is remembered is a content, not that something was right."""
     open_tokens(out)
     manifest = json.loads((out / "manifest.json").read_text())
-    manifest["domains"]["web"]["sha256"]["train"] = "0" * 64
+    manifest["domains"]["web"]["shards"]["train"][0]["sha256"] = "0" * 64
     (out / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ArtifactError, match=r"web\.train\.bin: found sha256 [0-9a-f]{64} where 0{64} is expected"):
+    with pytest.raises(ArtifactError, match=r"web\.train\.00000\.bin: found sha256 [0-9a-f]{64} where 0{64} is expected"):
         open_tokens(out)
 
 
@@ -127,10 +127,10 @@ def test_another_manifest_is_compared_anew(out: Path, read: list[str]) -> None:
         b"[]",
         b"null",
         b"\xff\xfe",
-        b'{"web.train.bin": 3, "code.train.bin": [1], "web.heldout.bin": {"a": []}}',
-        b'{"web.train.bin": ' + b"[" * 900 + b"]" * 900 + b"}",
+        b'{"web.train.00000.bin": 3, "code.train.00000.bin": [1], "web.heldout.00000.bin": {"a": []}}',
+        b'{"web.train.00000.bin": ' + b"[" * 900 + b"]" * 900 + b"}",
         b"[" * 200_000,
-        b'{"web.train.bin": [' + b"9" * 5000 + b"]}",
+        b'{"web.train.00000.bin": [' + b"9" * 5000 + b"]}",
     ],
 )
 def test_a_broken_memory_is_none(out: Path, read: list[str], data: bytes) -> None:

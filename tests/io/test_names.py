@@ -166,11 +166,11 @@ def test_the_manifest_of_a_checkpoint(tmp_path: Path, outside: Path, case: str) 
 @pytest.mark.parametrize("case", EVIL)
 def test_the_domains_of_prepared_text(tmp_path: Path, outside: Path, case: str) -> None:
     """Names of shards are made of them: in a manifest, and in the recipe that leads to one."""
-    data, name = Path(shutil.copytree(FIXTURES / "data-1", tmp_path / "data")), evil_name(case, outside)
+    data, name = Path(shutil.copytree(FIXTURES / "data-2", tmp_path / "data")), evil_name(case, outside)
     manifest = json.loads((data / "manifest.json").read_text())
     name = name.removesuffix(".safetensors") + "/"  # "link" would be a sound name
     for split in ("train", "heldout"):
-        shutil.copyfile(data / f"web.{split}.bin", tmp_path / f"secret.{split}.bin")
+        shutil.copyfile(data / f"web.{split}.00000.bin", tmp_path / f"secret.{split}.00000.bin")
     manifest["domains"] = {name: manifest["domains"]["web"]}
     (data / "manifest.json").write_text(json.dumps(manifest))
     _opened.clear()

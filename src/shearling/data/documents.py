@@ -1,230 +1,225 @@
-"""The documents of a domain, one string each, in an order that depends on the names of the files alone.
+"""The documents of text files: which record is one, which is filtered, and what is wrong with it.
 
-Everything streams: what is held in memory is one document and one block of a file, never a file. Broken input raises a
-`DataError` that names the file and the line; nothing is skipped silently except blank lines and files of unknown kinds in a folder.
+Everything streams: what is held in memory is one document and one block of a file, never a file. A record is a line of a file of JSON
+lines, a whole file of text, or a row of a table (tables.py). What is wrong with one record is a `BadDocument`, which names the file and
+the line or row, and may be skipped where the user asked for that; what makes a file unreadable is another `DataError`.
 """
 
 from __future__ import annotations
 
 import codecs
-import glob
-import gzip
 import json
-import os
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
-import zstandard
-
+from shearling.data.files import TextFile, blocks
 from shearling.errors import DataError, Problem
 
-LINES = (".jsonl", ".json")
-"""Kinds of file that hold one JSON object a line."""
-WHOLE = (".txt", ".md", ".rst", ".py")
-"""Kinds of file that are one document."""
-COMPRESSED = (".gz", ".zst")
-_KINDS = f"Known are {', '.join(LINES + WHOLE)}, these with {' or '.join(COMPRESSED)}, and .parquet."
-_BLOCK = 2**16
+MOST_SEEN = 12
+"""Values of a field that are remembered for a message."""
+_ABSENT = object()
 
 
-def find_files(paths: Sequence[str], field: str) -> tuple[list[Path], list[Problem]]:
-    """The text files that `paths` name, sorted, and what is wrong with the paths; `field` names them in a recipe.
-
-    A path is a file, a folder (every file of a known kind below it, hidden ones left out) or a glob (`**` for any depth). An
-    existing path is taken as it is, whatever characters it has.
-    """
-    found: set[Path] = set()
-    problems = []
-    for path in paths:
-        matches = [Path(path)] if os.path.lexists(path) else _glob(Path(path))
-        if not matches:
-            problems.append(Problem(field, path, "No file matches; check the path, or the folder that relative paths start from."))
-        for match in matches:
-            files = sorted(_walk(match)) if match.is_dir() else [match]
-            if not files:
-                problems.append(Problem(field, f"{match}, a folder without text files", _KINDS))
-            for file in files:
-                if _kind(file) is None:
-                    problems.append(Problem(field, str(file), f"This is no kind of text file that can be read. {_KINDS}"))
-                elif not (file.is_file() and os.access(file, os.R_OK)):
-                    problems.append(Problem(field, str(file), "The file cannot be read; check the link or its permissions."))
-            found.update(files)
-    return sorted(found), problems
+class BadDocument(DataError):
+    """One record that is no document, in a file that can be read on."""
 
 
-def _glob(path: Path) -> list[Path]:
-    """Matches of a pattern, sorted; leading parts that exist are taken as they are, so '[' in a folder's name does no harm."""
-    folder, rest = Path(path.anchor), list(path.relative_to(path.anchor).parts)
-    while rest and os.path.lexists(folder / rest[0]):
-        folder /= rest.pop(0)
-    return [folder / name for name in sorted(glob.glob(os.path.join(*rest), root_dir=folder, recursive=True))] if rest else []
+@dataclass
+class Cursor:
+    """How far reading is; what reads moves it."""
+
+    skip: int = 0
+    """Records still to be passed over."""
+    records: int = 0
+    """Records passed, those passed over among them."""
+    bytes_read: int = 0
+    """Bytes of the files as they lie, compressed."""
+
+    def count(self, size: int) -> None:
+        """Enter `size` bytes."""
+        self.bytes_read += size
+
+    def pass_over(self, most: int) -> int:
+        """Pass over as many records as are still to be, `most` at most; return how many."""
+        number = min(self.skip, most)
+        self.skip -= number
+        self.records += number
+        return number
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for parent, folders, files in os.walk(folder, followlinks=False):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(parent) / name for name in files if not name.startswith(".") and _kind(Path(name)))
+class Part(Protocol):
+    """A file, or another thing with records in a settled order."""
+
+    def raw(self, cursor: Cursor) -> Iterator[tuple[Any, int]]:
+        """Records as they stand, with numbers from 1 on, after those that `cursor` says to pass over; each is entered in `cursor`.
+
+        Raises:
+            DataError: the file cannot be read on.
+        """
+
+    def place(self, number: int) -> str:
+        """The record of that number, in words."""
+
+    def row(self, raw: Any, number: int) -> Mapping[str, Any] | None:
+        """The fields of a record; None for a blank line. Raises `BadDocument`."""
 
 
-def _kind(path: Path) -> str | None:
-    """The ending that tells how to read a file, without the compression; None if it is not known."""
-    suffix = path.suffix.lower()
-    if suffix in COMPRESSED:
-        suffix = path.with_suffix("").suffix.lower()
-        return suffix if suffix in LINES + WHOLE else None
-    return suffix if suffix in (*LINES, *WHOLE, ".parquet") else None
+def lookup(row: Mapping[str, Any], path: str) -> Any:
+    """The value of a field; `a.b` is the field of that name, or else the field `b` of the mapping `a`. Raises KeyError."""
+    if (value := row.get(path, _ABSENT)) is not _ABSENT:
+        return value
+    found: Any = row
+    for name in path.split("."):
+        if not isinstance(found, Mapping) or name not in found:
+            raise KeyError(path)
+        found = found[name]
+    return found
 
 
-def read_files(files: Iterable[Path], text_field: str) -> Iterator[str]:
-    """The documents of local files, one after another.
+@dataclass
+class Fields:
+    """Which fields of a record matter."""
 
-    A lone half of a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD.
+    text: str
+    """Field of the text; may be a dotted path."""
+    where: Mapping[str, frozenset[tuple[bool, Any]]] = field(default_factory=dict)
+    """Field -> `key` of each value that a document may have there."""
+    seen: dict[str, dict[tuple[bool, Any], None]] = field(default_factory=dict)
+    """Field -> keys of values that kept a document out, in the order in which they were met, `MOST_SEEN` at most."""
 
-    Raises:
-        DataError: a file that cannot be read, is cut off or not UTF-8, a line that is no JSON object, or has no such text field.
-    """
-    for path in files:
-        kind = _kind(path)
-        if kind == ".parquet":
-            yield from _read_parquet(path, text_field)
-        elif kind in WHOLE:
-            yield _decode(b"".join(_blocks(path)), path, None)
-        else:
-            yield from _read_lines(path, text_field)
+    @staticmethod
+    def key(value: Any) -> tuple[bool, Any]:
+        """What stands for a value in comparisons: true is not 1, and a list or a mapping equals nothing that can be asked for."""
+        return isinstance(value, bool), value if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+
+    @property
+    def names(self) -> list[str]:
+        """The fields that are read."""
+        return [self.text, *self.where]
+
+    def text_of(self, row: Mapping[str, Any], part: Part, number: int) -> str | None:
+        """The text of a record, None where it is filtered out. Raises `BadDocument`, which names the place of record `number` of `part`.
+
+        A lone half of a surrogate pair, which JSON can spell and UTF-8 cannot, becomes U+FFFD.
+        """
+        for name, kept in self.where.items():
+            key = self.key(self._value(row, name, part, number, "where"))
+            if key not in kept:
+                seen = self.seen.setdefault(name, {})
+                if len(seen) < MOST_SEEN:
+                    seen[key] = None
+                return None
+        text = self._value(row, self.text, part, number, "text_field")
+        if not isinstance(text, str):
+            found = "null" if text is None else f"a {type(text).__name__}"
+            raise BadDocument(
+                f"{part.place(number)}: the field {self.text!r} is no text",
+                [Problem("text_field", found, "Every document must be a string.")],
+            )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text
+
+    @staticmethod
+    def _value(row: Mapping[str, Any], name: str, part: Part, number: int, asked_by: str) -> Any:
+        try:
+            return lookup(row, name)
+        except KeyError:
+            found = f"the fields {', '.join(map(repr, list(row)[:20]))}" if row else "no fields"
+            what = "holds the text" if asked_by == "text_field" else "documents are chosen by"
+            problem = Problem(asked_by, found, f"Name the field that {what}.")
+            raise BadDocument(f"{part.place(number)} has no field {name!r}", [problem]) from None
+        except UnicodeDecodeError as error:
+            remedy = "Text must be UTF-8: mend the file, or remove the row."
+            problem = Problem(asked_by, f"{error.reason} in {name!r}", remedy)
+            raise BadDocument(f"{part.place(number)} is not UTF-8", [problem]) from None
 
 
-def read_hub(dataset: str, subset: str | None, split: str, revision: str | None, text_field: str) -> Iterator[str]:
-    """The documents of a split of a dataset on the Hugging Face hub, streamed.
+@dataclass(frozen=True)
+class LinesPart:
+    """A file of one JSON object a line. Blank lines are records without a document."""
 
-    Raises:
-        DataError: the dataset cannot be opened or read on, or has no such text field.
-    """
-    where = f"{dataset}{f' ({subset})' if subset else ''}, split {split}"
+    file: TextFile
 
-    def rows() -> Iterable[dict[str, Any]]:
-        import datasets
+    def raw(self, cursor: Cursor) -> Iterator[tuple[bytes, int]]:
+        """The lines; see `Part`."""
+        for number, line in enumerate(_lines(blocks(self.file, cursor.count)), start=1):
+            if not cursor.pass_over(1):
+                cursor.records += 1
+                yield line, number
 
-        opened: Iterable[dict[str, Any]] = datasets.load_dataset(dataset, subset, split=split, revision=revision, streaming=True)
-        return opened
+    def place(self, number: int) -> str:
+        """See `Part`."""
+        return f"{self.file.shown}: line {number}"
 
-    remedy = "Check the dataset's name, subset, split and revision, the network, and that you are logged in if it is gated."
-    yield from _read_rows(rows, where, text_field, remedy)
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    def rows() -> Iterable[dict[str, Any]]:
-        import datasets
-
-        opened: Iterable[dict[str, Any]] = datasets.load_dataset(
-            "parquet", data_files={"train": [glob.escape(str(path))]}, split="train", streaming=True
-        )
-        return opened
-
-    yield from _read_rows(rows, str(path), text_field, "The file is damaged or no parquet file; get it again.")
-
-
-def _read_rows(open_rows: Callable[[], Iterable[dict[str, Any]]], where: str, text_field: str, remedy: str) -> Iterator[str]:
-    number = 0
-    try:
-        for number, row in enumerate(open_rows(), start=1):
-            yield _text(row, text_field, f"{where}: row {number}")
-    except DataError:
-        raise
-    except Exception as error:  # the library raises whatever its file systems and decoders raise; all of it means the same here
-        found = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise DataError(f"{where}: cannot be read{f' after row {number}' if number else ''}", [Problem("text", found, remedy)]) from error
-
-
-def _read_lines(path: Path, text_field: str) -> Iterator[str]:
-    for number, line in enumerate(_lines(_blocks(path)), start=1):
-        if number == 1:
-            line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
-            continue
-        where = f"{path}: line {number}"
-        text = _decode(line, path, number)
+    def row(self, raw: bytes, number: int) -> Mapping[str, Any] | None:
+        """The JSON object of a line; see `Part`."""
+        line = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        if not line or line.isspace():
+            return None
+        text = _decode(line, self.file, number)
         try:
             row = json.loads(text)
         except (ValueError, RecursionError) as error:
             remedy = "Each line must be one JSON object; mend or remove this line."
-            raise DataError(f"{where} is not JSON", [Problem("line", f"{_excerpt(line)} ({error})", remedy)]) from None
+            raise BadDocument(f"{self.place(number)} is not JSON", [Problem("line", f"{_excerpt(line)} ({error})", remedy)]) from None
         if not isinstance(row, dict):
             found = f"a JSON {type(row).__name__}: {_excerpt(line)}"
-            raise DataError(f"{where} is not a JSON object", [Problem("line", found, f'Write each document as {{"{text_field}": "..."}}.')])
-        yield _text(row, text_field, where)
+            raise BadDocument(
+                f"{self.place(number)} is not a JSON object", [Problem("line", found, 'Write each document as {"text": "..."}.')]
+            )
+        return row
 
 
-def _text(row: dict[str, Any], text_field: str, where: str) -> str:
-    if text_field not in row:
-        found = f"the fields {', '.join(map(repr, list(row)[:20]))}" if row else "no fields"
-        raise DataError(f"{where} has no field {text_field!r}", [Problem("text_field", found, "Name the field that holds the text.")])
-    text = row[text_field]
-    if not isinstance(text, str):
-        found = "null" if text is None else f"a {type(text).__name__}"
-        raise DataError(f"{where}: the field {text_field!r} is no text", [Problem("text_field", found, "Every document must be a string.")])
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+@dataclass(frozen=True)
+class WholePart:
+    """A file that is one document."""
+
+    file: TextFile
+    text_field: str
+
+    def raw(self, cursor: Cursor) -> Iterator[tuple[bytes, int]]:
+        """The content; see `Part`."""
+        if cursor.pass_over(1):
+            cursor.count(self.file.size or 0)
+        else:
+            content = b"".join(blocks(self.file, cursor.count))
+            cursor.records += 1
+            yield content, 1
+
+    def place(self, number: int) -> str:
+        """See `Part`."""
+        return self.file.shown
+
+    def row(self, raw: bytes, number: int) -> Mapping[str, Any] | None:
+        """The content, under the name that text is looked for under; see `Part`."""
+        return {self.text_field: _decode(raw, self.file, None)}
 
 
-def _lines(blocks: Iterable[bytes]) -> Iterator[bytes]:
+def _lines(data: Iterable[bytes]) -> Iterator[bytes]:
     """Split at line feeds. The parts of a long line are joined once, so that one line of gigabytes costs no quadratic time."""
     parts: list[bytes] = []
-    for block in blocks:
+    for block in data:
         head, *rest = block.split(b"\n")
         parts.append(head)
         for piece in rest:
-            yield b"".join(parts)
+            yield b"".join(parts) if len(parts) > 1 else parts[0]
             parts = [piece]
-    yield b"".join(parts)
+    if last := b"".join(parts):
+        yield last
 
 
-def _blocks(path: Path) -> Iterator[bytes]:
-    """The bytes of a file, decompressed, a block at a time."""
-    suffix = path.suffix.lower()
-    try:
-        if suffix == ".zst":
-            yield from _zstd_blocks(path)
-        elif suffix == ".gz":
-            with gzip.open(path, "rb") as file:
-                yield from iter(lambda: file.read(_BLOCK), b"")
-        else:
-            with open(path, "rb") as plain:
-                yield from iter(lambda: plain.read(_BLOCK), b"")
-    except (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError) as error:
-        remedy = "The file is cut off or damaged; get it again."
-        raise DataError(f"{path}: cannot be decompressed", [Problem("file", str(error), remedy)]) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read", [Problem("file", str(error), "Check the file and its disk.")]) from None
-
-
-def _zstd_blocks(path: Path) -> Iterator[bytes]:
-    # Frame by frame by hand: the library's stream reader takes a file that is cut off for one that has ended.
-    decompressor = zstandard.ZstdDecompressor(max_window_size=2**31)
-    frame, begun = decompressor.decompressobj(), False
-    with open(path, "rb") as file:
-        while data := file.read(_BLOCK // 4):
-            while data:
-                yield frame.decompress(data)
-                begun, data = not frame.eof, frame.unused_data
-                if frame.eof:
-                    frame = decompressor.decompressobj()
-    if begun:
-        raise EOFError("the file ends inside a compressed frame")
-
-
-def _decode(data: bytes, path: Path, line: int | None) -> str:
+def _decode(data: bytes, file: TextFile, line: int | None) -> str:
     try:
         return data.decode("utf-8" if line else "utf-8-sig")
     except UnicodeDecodeError as error:
         number = line or data.count(b"\n", 0, error.start) + 1
         found = f"byte 0x{data[error.start]:02x} in {_excerpt(data[max(0, error.start - 20) : error.start + 20])}"
         remedy = "Text must be UTF-8: convert the file, or remove the line."
-        raise DataError(f"{path}: line {number} is not UTF-8", [Problem("encoding", found, remedy)]) from None
+        raise BadDocument(f"{file.shown}: line {number} is not UTF-8", [Problem("encoding", found, remedy)]) from None
 
 
 def _excerpt(data: bytes) -> str:

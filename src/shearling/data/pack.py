@@ -1,25 +1,54 @@
-"""One domain on its way to its two shards: which side each document is on, tokenised in batches, packed into rows."""
+"""One domain on its way to its shards: which side each document is on, tokenised in batches, packed into rows."""
 
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple
 
+from shearling.data.ahead import map_ahead, read_ahead
 from shearling.data.config import DataConfig
 from shearling.data.encode import Encoder
+from shearling.data.files import DamagedFile
+from shearling.data.ledger import Ledger
 from shearling.data.origins import Origin, Survey, distinct
-from shearling.data.tokens import SPLITS, Ids, ShardWriter, dtype_for, shard_name
+from shearling.data.readings import PLACES, Reading
+from shearling.data.shards import ShardWriter
+from shearling.data.tokens import SPLITS, Ids, dtype_for
 from shearling.errors import DataError, Problem
 
 LEAST_PART, LARGEST_PART = 0.02, 0.1
 """Part of the documents that is set aside to be held out, and the largest part of a document where it is split inside."""
-_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 256, 2**20
+_BATCH_DOCUMENTS, _BATCH_CHARACTERS = 2**13, 2**20
+_AHEAD = 2
+"""Batches that are read ahead, and batches that are tokenised at once: while one ends on one core the next begins on the others."""
+_DROPPED = ("duplicate_documents", "overlapping_documents", "filtered_documents", "skipped_documents")
 
-Progress = Callable[[str, int, int], None]
+
+@dataclass(frozen=True)
+class Progress:
+    """How far preparing a domain is."""
+
+    domain: str
+    documents: int
+    """Used so far, on both sides, those of an earlier try among them."""
+    tokens: int
+    """Packed so far."""
+    seconds: float
+    """Spent on this domain by this try."""
+    documents_per_second: float
+    """Of this try; 0 before the first."""
+    share: float | None
+    """How much of the domain is done, from 0 to 1: by the bytes of its files, or by the tokens where those are limited. None: unknown."""
+    seconds_left: float | None
+    """At the speed of this try; None where it cannot be told."""
+
+
+Tell = Callable[[Progress], None]
 Side = Literal["train", "heldout", "both"]
 
 
@@ -40,26 +69,32 @@ def is_heldout(digest: bytes, seed: int, part: float) -> bool:
 
 
 def pack_domain(
-    origin: Origin, survey: Survey, config: DataConfig, encoder: Encoder, folder: Path, seed: int, progress: Progress | None
+    origin: Origin, survey: Survey, config: DataConfig, encoder: Encoder, ledger: Ledger, seed: int, shard_sequences: int, tell: Tell | None
 ) -> dict[str, Any]:
-    """Write both shards of a domain into `folder` and return what the manifest says of it.
+    """Write the shards of a domain into the ledger's folder and return what the manifest says of it.
+
+    Where the ledger knows of an earlier try that was cut short, that is gone on with. Only a domain that is split inside its documents,
+    since it has few or short ones, always begins anew.
 
     Raises:
         DataError: the text cannot be read on, or is too short for one sequence on each side.
     """
 
     def run(sides: Callable[[bytes], Side], quota: int = 0) -> dict[str, Any]:
-        with ExitStack() as stack:
-            packing = _Packing(origin.name, config, encoder, folder, quota, progress, stack)
-            if origin.heldout:
-                texts = distinct(origin.texts("heldout"), (), Counter())
-                packing.take(((text, "heldout") for text, _ in texts), ("heldout",))
-            texts = distinct(origin.texts("train"), survey.forbidden, packing.counts)
-            packing.take(((text, sides(digest)) for text, digest in texts), ("train",) if origin.heldout else SPLITS)
+        with ledger, ExitStack() as stack:
+            packing = _begun(origin, config, encoder, ledger, quota, shard_sequences, tell, stack)
+            try:
+                if origin.heldout and not packing.resumed:
+                    packing.take("heldout", (), lambda _: "heldout", ("heldout",))
+                packing.take("train", survey.forbidden, sides, ("train",) if origin.heldout else SPLITS)
+            except DamagedFile:
+                ledger.discard()  # what was read of the file before the damage showed may be wrong, too
+                raise
             return packing.finish()
 
     def run_inside(documents: int, why: str) -> dict[str, Any]:
         # An equal share of each, so that the held-out text is spread over all of the domain.
+        ledger.discard()
         facts = run(lambda _: "both", -(-config.heldout_sequences * config.sequence_length // documents))
         facts["notes"].append(f"{origin.name}: {why} to hold out whole ones, so the last part of each, at most a tenth, is held out.")
         return facts
@@ -97,36 +132,135 @@ def _check_length(origin: Origin, facts: dict[str, Any], config: DataConfig) -> 
     raise DataError(f"domain {origin.name} is too short", [Problem(f"domains.{origin.name}", found, remedy)])
 
 
+@dataclass(frozen=True)
+class _Point:
+    """Where reading stands, right after a document."""
+
+    records: int = 0
+    bytes_read: int = 0
+    counts: dict[str, int] | None = None
+    """What was dropped up to here."""
+    places: tuple[str, ...] = ()
+
+
+class _Document(NamedTuple):
+    text: str | None
+    """None where its side has no room, and at the end."""
+    digest: bytes | None
+    """None at the end, where only the point counts."""
+    side: Side
+    point: _Point
+
+
+def _begun(
+    origin: Origin,
+    config: DataConfig,
+    encoder: Encoder,
+    ledger: Ledger,
+    quota: int,
+    shard_sequences: int,
+    tell: Tell | None,
+    stack: ExitStack,
+) -> _Packing:
+    """A packing that goes on from the ledger, where that is sound, or else begins."""
+    state = None if quota else ledger.read()
+    if state is not None:
+        with ExitStack() as attempt:
+            try:
+                packing = _Packing(origin, config, encoder, ledger, quota, shard_sequences, tell, attempt, state)
+            except (OSError, ValueError):
+                pass  # what is recorded is not what lies there
+            else:
+                stack.push(attempt.pop_all())
+                return packing
+    ledger.discard()
+    return _Packing(origin, config, encoder, ledger, quota, shard_sequences, tell, stack, None)
+
+
 class _Packing:
-    """Both shards of a domain while they are written. The result does not depend on how documents fall into batches."""
+    """The shards of a domain while they are written. The result does not depend on how documents fall into batches, nor on threads."""
 
     def __init__(
-        self, name: str, config: DataConfig, encoder: Encoder, folder: Path, quota: int, progress: Progress | None, stack: ExitStack
+        self,
+        origin: Origin,
+        config: DataConfig,
+        encoder: Encoder,
+        ledger: Ledger,
+        quota: int,
+        shard_sequences: int,
+        tell: Tell | None,
+        stack: ExitStack,
+        state: dict[str, Any] | None,
     ) -> None:
+        self.resumed = state is not None
         limits = {"train": config.max_train_sequences, "heldout": config.heldout_sequences}
+        self._limits = {split: None if limit is None else limit * config.sequence_length for split, limit in limits.items()}
         dtype = dtype_for(encoder.vocab_size)
         self.writers = {
-            split: stack.enter_context(ShardWriter(folder / shard_name(name, split), config.sequence_length, dtype, limits[split]))
+            split: stack.enter_context(
+                ShardWriter(
+                    ledger.folder, origin.name, split, config.sequence_length, dtype, limits[split], shard_sequences,
+                    state and state["writers"][split],
+                )
+            )
             for split in SPLITS
-        }
-        self.counts: Counter[str] = Counter()
-        self._name, self._encoder, self._quota, self._progress = name, encoder, quota, progress
+        }  # fmt: skip
+        self.counts: Counter[str] = Counter(state["counts"] if state else {})
+        self._point = _Point(**{**state["point"], "places": tuple(state["point"]["places"])}) if state else _Point()
+        self._seen: set[bytes] = ledger.resume(state) if state else set()
+        self._origin, self._encoder, self._ledger, self._quota, self._tell = origin, encoder, ledger, quota, tell
+        self._size: int | None = None
+        self._began = time.monotonic()
+        self._used_before, self._share_before = self._used, 0.0
 
-    def take(self, documents: Iterable[tuple[str, Side]], splits: Sequence[str]) -> None:
-        """Add documents until both they and the room in `splits` are at an end."""
-        for batch in _batches(self._wanted(documents, splits)):
-            for (text, side), ids in zip(batch, self._encoder.encode([text for text, _ in batch]), strict=True):
-                self._add(ids, side, len(text.encode()))
-            if self._progress:
-                used = self.counts["documents"] + self.counts["heldout_documents"]
-                self._progress(self._name, used, sum(writer.tokens for writer in self.writers.values()))
+    @property
+    def _used(self) -> int:
+        return self.counts["documents"] + self.counts["heldout_documents"]
 
-    def _wanted(self, documents: Iterable[tuple[str, Side]], splits: Sequence[str]) -> Iterator[tuple[str, Side]]:
-        for text, side in documents:
-            if all(self.writers[split].full for split in splits):
-                return
-            if side == "both" or not self.writers[side].full:  # what has no room need not be tokenised
-                yield text, side
+    def take(self, source: str, forbidden: frozenset[bytes] | tuple[()], sides: Callable[[bytes], Side], splits: Sequence[str]) -> None:
+        """Add the documents of the files of a split until both they and the room in `splits` are at an end."""
+        if self._filled(splits):
+            return
+        reading = self._origin.texts(source, skip=self._point.records)
+        if source == "train":
+            self._size = self._origin.size("train")
+            self._share_before = self._share() or 0.0
+        documents = _documents(reading, forbidden, sides, self._wanted, self._point, self._seen)
+        with (
+            closing(read_ahead(_batches(documents), _AHEAD)) as batches,
+            closing(map_ahead(self._encode, batches, _AHEAD)) as encoded,
+        ):
+            for batch, ids in encoded:
+                full = self._pack(batch, iter(ids), splits)
+                if source == "train" and not self._quota:
+                    self._ledger.add(document.digest for document in batch if document.digest is not None)
+                    self._ledger.record(self._state)
+                if self._tell:
+                    self._tell(self._progress())
+                if full:
+                    break
+        if source != "train":  # the next files are read from their beginning; a document may be in both, which is counted there
+            self._point, self._seen = _Point(counts=_kept(self._point.counts), places=self._point.places), set()
+
+    def _wanted(self, side: Side) -> bool:
+        """Whether there is room; what has none need not be tokenised. Asked from another thread, it may be told late that there is none."""
+        return side == "both" or not self.writers[side].full
+
+    def _encode(self, batch: list[_Document]) -> list[Ids]:
+        return self._encoder.encode([document.text for document in batch if document.text is not None])
+
+    def _pack(self, batch: list[_Document], ids: Iterator[Ids], splits: Sequence[str]) -> bool:
+        """Add a batch; returns whether `splits` are full. Documents that come after leave no trace, be they in this batch or not."""
+        for text, _, side, point in batch:
+            if self._filled(splits):
+                return True
+            self._point = point
+            if text is not None:
+                self._add(next(ids), side, len(text.encode()))
+        return self._filled(splits)
+
+    def _filled(self, splits: Sequence[str]) -> bool:
+        return all(self.writers[split].full for split in splits)
 
     def _add(self, ids: Ids, side: Side, size: int) -> None:
         cut = {"train": len(ids), "heldout": 0}.get(side)
@@ -141,26 +275,84 @@ class _Packing:
                 used = True
         self.counts["bytes"] += size * used
 
+    def _state(self) -> dict[str, Any]:
+        writers = {split: writer.record() for split, writer in self.writers.items()}
+        return {"counts": dict(self.counts), "point": asdict(self._point), "writers": writers}
+
+    def _share(self) -> float | None:
+        read = self._point.bytes_read / self._size if self._size else None
+        limits = [(self.writers[split].tokens, limit) for split, limit in self._limits.items() if limit is not None]
+        if len(limits) < len(SPLITS):
+            return None if read is None else min(read, 1.0)
+        filled = min(tokens / limit for tokens, limit in limits)
+        return min(max(filled, read or 0.0), 1.0)
+
+    def _progress(self) -> Progress:
+        seconds, share = time.monotonic() - self._began, self._share()
+        speed = (self._used - self._used_before) / seconds if seconds else 0.0
+        done = 0.0 if share is None else share - self._share_before
+        left = 0.0 if share == 1 else seconds / done * (1 - share) if share is not None and done > 0 else None
+        tokens = sum(writer.tokens for writer in self.writers.values())
+        return Progress(self._origin.name, self._used, tokens, seconds, speed, share, left)
+
     def finish(self) -> dict[str, Any]:
-        """Complete both files and return the facts."""
-        names = ("documents", "heldout_documents", "duplicate_documents", "overlapping_documents", "bytes")
+        """Complete all files and return the facts."""
+        dropped = self._point.counts or {}
+        counts = {name: self.counts[name] for name in ("documents", "heldout_documents", "bytes")}
+        notes = []
+        if skipped := dropped.get("skipped_documents", 0):
+            were = "document was" if skipped == 1 else "documents were"
+            notes.append(f"{self._origin.name}: {skipped} broken {were} left out, the first at {'; '.join(self._point.places)}.")
         return {
-            **{name: self.counts[name] for name in names},
+            **counts,
+            **{name: dropped.get(name, 0) for name in _DROPPED},
             "tokens": sum(writer.tokens for writer in self.writers.values()),
             **{f"{split}_sequences": writer.sequences for split, writer in self.writers.items()},
-            "sha256": {split: writer.finish() for split, writer in self.writers.items()},
-            "notes": [],
+            "shards": {split: writer.finish() for split, writer in self.writers.items()},
+            "notes": notes,
         }
 
 
-def _batches(documents: Iterable[tuple[str, Side]]) -> Iterator[list[tuple[str, Side]]]:
-    batch: list[tuple[str, Side]] = []
+def _kept(counts: dict[str, int] | None) -> dict[str, int]:
+    """Of what was dropped from held-out files, what is counted: broken documents, and those that `where` leaves out."""
+    return {name: (counts or {}).get(name, 0) for name in ("filtered_documents", "skipped_documents")}
+
+
+def _documents(
+    reading: Reading,
+    forbidden: frozenset[bytes] | tuple[()],
+    sides: Callable[[bytes], Side],
+    wanted: Callable[[Side], bool],
+    before: _Point,
+    seen: set[bytes],
+) -> Iterator[_Document]:
+    """The distinct documents of a reading that goes on from `before`, and a last entry for what was dropped behind them."""
+    dropped = Counter(before.counts or {})
+
+    def point() -> _Point:
+        now = reading.counts()
+        counts = {name: dropped[name] + now.get(name, 0) for name in _DROPPED}
+        return _Point(reading.records, reading.bytes_read, counts, (*before.places, *reading.places)[:PLACES])
+
+    with closing(reading):
+        for text, digest in distinct(reading, forbidden, dropped, seen):
+            side = sides(digest)
+            yield _Document(text if wanted(side) else None, digest, side, point())
+        yield _Document(None, None, "both", point())
+
+
+def _batches(documents: Iterator[_Document]) -> Iterator[list[_Document]]:
+    """Batches of documents; an error comes after the documents before it."""
+    batch: list[_Document] = []
     characters = 0
-    for text, side in documents:
-        batch.append((text, side))
-        characters += len(text)
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
+    try:
+        for document in documents:
+            batch.append(document)
+            characters += len(document.text or "")
+            if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    except Exception:
         yield batch
+        raise
+    yield batch

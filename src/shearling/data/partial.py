@@ -1,7 +1,8 @@
 """A token set in the making, beside the place where it will stand: `.partial-NAME`, which the next try goes on with.
 
-Its manifest names the domains that are finished and is written anew after each. Whatever else is in the folder is half made and
-worth nothing. The last such manifest is that of the whole set, so a finished folder needs only its name.
+Its manifest names the domains that are finished and is written anew after each. A domain that was begun has a ledger, and the shards
+that this speaks of. Whatever else is in the folder is worth nothing. The last manifest is that of the whole set, so a finished folder
+needs only its name.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shearling.data.tokens import MANIFEST, SPLITS, read_manifest, shard_name, shard_problems
+from shearling.data.ledger import Ledger
+from shearling.data.tokens import MANIFEST, SPLITS, read_manifest, shard_name, shard_problems, shards_of
 from shearling.errors import ArtifactError
 from shearling.io.files import remove_tree, sha256_file, write_atomic
 
@@ -22,8 +24,8 @@ from shearling.io.files import remove_tree, sha256_file, write_atomic
 class Partial:
     """The folder while it is worked on, under the lock of the place that it is for.
 
-    Entered, it keeps the domains that were finished with the same settings and are undamaged, and drops all else. Left by an error, it
-    keeps the finished domains, and is gone where there are none. It is published by renaming `path`.
+    Entered, it keeps the domains that were finished or begun with the same settings and are undamaged, and drops all else. Left by an
+    error, it keeps them, and is gone where there are none. It is published by renaming `path`.
 
     Args:
         out: where the token set will stand.
@@ -54,7 +56,7 @@ class Partial:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.path.is_dir():  # it was not published
             self._drop_unfinished()
-            if not self.domains:
+            if not any(self.path.iterdir()):
                 self.path.rmdir()
 
     def finish(self, domains: Mapping[str, Any]) -> None:
@@ -67,11 +69,19 @@ class Partial:
             self.domains = before
             raise
 
+    def ledger(self, domain: str) -> Ledger:
+        """The ledger of a domain that is begun or to begin."""
+        return Ledger(self.path, domain, self._head["fingerprint"])
+
+    def complete(self) -> None:
+        """All domains are finished: drop what is none of the token set."""
+        self._drop_unfinished()
+
     def take_over(self, folder: Path, domains: Mapping[str, Any]) -> None:
         """Enter domains whose shards lie undamaged in `folder`; their bytes are shared with it where the file system can do that."""
-        for name in domains:
-            for split in SPLITS:
-                source, target = (folder / shard_name(name, split)).resolve(), self.path / shard_name(name, split)
+        for facts in domains.values():
+            for shard in (shard for split in SPLITS for shard in shards_of(facts, split)):
+                source, target = (folder / shard.file).resolve(), self.path / shard.file
                 try:
                     os.link(source, target)
                 except OSError:
@@ -94,7 +104,14 @@ class Partial:
         return {name: facts for name, facts in manifest["domains"].items() if name not in damaged}
 
     def _drop_unfinished(self) -> None:
-        kept = {shard_name(name, split) for name in self.domains for split in SPLITS} | ({MANIFEST} if self.domains else set())
+        kept = {MANIFEST} if self.domains else set()
+        for facts in self.domains.values():
+            kept |= {shard.file for split in SPLITS for shard in shards_of(facts, split)}
+        for name in self._head["settings"]["domains"]:
+            ledger = self.ledger(name)
+            if name not in self.domains and (state := ledger.read()) is not None:
+                kept |= ledger.files
+                kept |= {shard_name(name, split, n) for split, writer in state["writers"].items() for n in range(len(writer["shards"]) + 1)}
         for path in self.path.iterdir():
             if path.name not in kept:
                 remove_tree(path)

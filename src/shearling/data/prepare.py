@@ -17,20 +17,39 @@ from typing import Any
 from shearling.data.config import DataConfig
 from shearling.data.encode import Encoder, tokenizer_fingerprint
 from shearling.data.origins import Origin, find_origins, survey
-from shearling.data.pack import Progress, pack_domain
+from shearling.data.pack import Tell, pack_domain
 from shearling.data.partial import Partial
-from shearling.data.tokens import FORMAT, MANIFEST, SPLITS, damaged_shards, dtype_for, fingerprint, read_manifest, shard_name
+from shearling.data.tokens import (
+    FORMAT,
+    MANIFEST,
+    SHARD_TOKENS,
+    SPLITS,
+    damaged_shards,
+    dtype_for,
+    fingerprint,
+    read_manifest,
+    shard_rows,
+    shards_of,
+)
 from shearling.errors import ArtifactError, OutputError, Problem
 from shearling.io.files import RunLock, check_writable, publish_directory, replace_directory, storage_errors, sweep_temporary
 
 
 def prepare(
-    config: DataConfig, tokenizer: Any, vocab_size: int, out: Path, *, seed: int, progress: Progress | None = None
+    config: DataConfig,
+    tokenizer: Any,
+    vocab_size: int,
+    out: Path,
+    *,
+    seed: int,
+    progress: Tell | None = None,
+    shard_tokens: int = SHARD_TOKENS,
 ) -> dict[str, Any]:
     """Make the token shards of every domain, or find them made.
 
-    A domain that was finished before a kill, an error or a full disk is not tokenised again by the next call with the same settings.
-    Where `out` is finished but shards in it are missing or damaged, their domains are made anew and the others taken over.
+    A domain that was finished before a kill, an error or a full disk is not tokenised again by the next call with the same settings,
+    and one that was begun is gone on with: what was done since its ledger was written, some seconds before, is done again. Where `out` is
+    finished but shards in it are missing or damaged, their domains are made anew and the others taken over.
 
     Held out are a domain's `heldout` files, or else documents split off from its text: a document is held out where a hash of seed
     and text falls under a small fraction, whatever other files there are, until `heldout_sequences` are filled; such documents
@@ -45,12 +64,14 @@ def prepare(
         out: directory to publish. Returned from straight away if it holds this data already, undamaged: the same settings,
             tokenizer, and names and sizes of the files.
         seed: decides which documents are held out.
-        progress: called with domain, documents so far, tokens so far.
+        progress: called after every batch of about 1 MiB of text.
+        shard_tokens: tokens in a shard, at most; see `shard_rows`.
 
     Returns:
-        The manifest. By domain: documents and heldout_documents (used whole or in part), duplicate_documents and
-        overlapping_documents (dropped; the latter are in held-out files), train_sequences, heldout_sequences, tokens and bytes
-        (of the text used on both sides; tokens with the marks), sha256 by split, notes.
+        The manifest. By domain: documents and heldout_documents (used whole or in part), duplicate_documents, overlapping_documents,
+        filtered_documents and skipped_documents (dropped: repeated, found in held-out files, left out by `where`, broken),
+        train_sequences, heldout_sequences, tokens and bytes (of the text used on both sides; tokens with the marks), shards by split
+        (file, sequences, sha256), notes. Beside them document_end, the id that ends each document and that nothing else has.
 
     Raises:
         DataError: files, text or tokenizer are wrong; what can be found before tokenising is found then, and all at once.
@@ -65,7 +86,7 @@ def prepare(
         out = out.resolve()  # what a link points to is mended in its place
     encoder = Encoder(tokenizer, vocab_size)
     origins = find_origins(config)
-    head = _head(config, encoder, origins, tokenizer_fingerprint(tokenizer), seed)
+    head = _head(config, encoder, origins, tokenizer_fingerprint(tokenizer), seed, shard_rows(config.sequence_length, shard_tokens))
     there = _existing(out, head)
     if there and not damaged_shards(out, there):
         return there
@@ -92,13 +113,15 @@ def prepare(
     return partial.manifest
 
 
-def _head(config: DataConfig, encoder: Encoder, origins: list[Origin], tokenizer: str, seed: int) -> dict[str, Any]:
+def _head(config: DataConfig, encoder: Encoder, origins: list[Origin], tokenizer: str, seed: int, shard_sequences: int) -> dict[str, Any]:
     """The manifest without its domains: all that is known before a text is read."""
     settings = {
         "format": FORMAT,
         **config.model_dump(include={"sequence_length", "heldout_sequences", "max_train_sequences"}),
         "vocab_size": encoder.vocab_size,
         "tokenizer": tokenizer,
+        "document_end": encoder.document_end,
+        "shard_sequences": shard_sequences,
         "seed": seed,
         "domains": {origin.name: origin.settings() for origin in origins},
     }
@@ -109,19 +132,25 @@ def _head(config: DataConfig, encoder: Encoder, origins: list[Origin], tokenizer
         "sequence_length": config.sequence_length,
         "vocab_size": encoder.vocab_size,
         "tokenizer": tokenizer,
+        "document_end": encoder.document_end,
+        "shard_sequences": shard_sequences,
         "settings": settings,
     }
 
 
-def _complete(partial: Partial, config: DataConfig, encoder: Encoder, origins: list[Origin], seed: int, progress: Progress | None) -> None:
+def _complete(partial: Partial, config: DataConfig, encoder: Encoder, origins: list[Origin], seed: int, progress: Tell | None) -> None:
     """Make every domain that is not finished."""
     missing = [origin for origin in origins if origin.name not in partial.domains]
     if not missing:
         return
     whole = survey(origins)
     # Small domains first: one that is too short for a sequence is found before hours go into a large one.
-    for origin in sorted(missing, key=lambda origin: origin.size()):
-        partial.finish({origin.name: pack_domain(origin, whole, config, encoder, partial.path, seed, progress)})
+    for origin in sorted(missing, key=lambda origin: float("inf") if (size := origin.size()) is None else size):
+        ledger = partial.ledger(origin.name)
+        facts = pack_domain(origin, whole, config, encoder, ledger, seed, partial.manifest["shard_sequences"], progress)
+        partial.finish({origin.name: facts})
+        ledger.discard()
+    partial.complete()
 
 
 def _check_promises(there: Mapping[str, Any], partial: Partial, out: Path) -> None:
@@ -130,9 +159,10 @@ def _check_promises(there: Mapping[str, Any], partial: Partial, out: Path) -> No
     problems = []
     for name, facts in there["domains"].items():
         for split in SPLITS:
-            made, promised = partial.domains[name]["sha256"][split], facts["sha256"][split]
-            if made != promised:
-                problems.append(Problem(shard_name(name, split), f"sha256 {made} where {promised} is expected", remedy))
+            made = {shard.file: shard.sha256 for shard in shards_of(partial.domains[name], split)}
+            for shard in shards_of(facts, split):
+                if (found := made.get(shard.file)) != shard.sha256:
+                    problems.append(Problem(shard.file, f"sha256 {found} where {shard.sha256} is expected", remedy))
     if problems:
         partial.discard()
         raise ArtifactError(f"{out}: damaged, and cannot be mended: the text gives other shards than it did", problems)

@@ -1,7 +1,7 @@
 """Reference losses of a model that was never trained, from its family: L(N) = A / N^a + C per domain.
 
 arXiv 2310.06694, appendix B: as all members of a family saw the same tokens, the data term of the scaling law is a constant.
-Three parameters on three sizes interpolate, so read the result as an extrapolation, not as a measurement.
+Three parameters on three sizes interpolate, so read the result as an extrapolation, not as a measurement; more sizes give it an error.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import csv
 import math
 import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,8 +26,25 @@ Point = tuple[str, float, float]
 Floats = NDArray[np.float64]
 
 
-def fit_reference(points: Iterable[Point], parameters: float) -> dict[str, float]:
-    """The loss, in nats per token, that the power law gives each domain for a model of `parameters` parameters.
+@dataclass(frozen=True)
+class Estimate:
+    """A loss by the law, in nats per token."""
+
+    loss: float
+    standard_error: float | None
+    """By the spread of the points around the law; None of three sizes, through which it goes, and where the fit leaves it open."""
+
+    def __str__(self) -> str:
+        error = self.standard_error
+        return f"{self.loss:.4f} {'(interpolates: no error can be given)' if error is None else f'± {error:.4f}'}"
+
+
+def fit_reference(points: Iterable[Point], parameters: float) -> dict[str, Estimate]:
+    """The loss that the power law gives each domain for a model of `parameters` parameters.
+
+    Its standard error is that of the points' noise, carried to the loss by the delta method: sqrt(g' S g), with the gradient g of the law
+    at `parameters` by (A, a, C), and S = s^2 (J'J)^-1 of the least-squares fit, s^2 being the squared residuals over the points less
+    three. It takes the law to be right and the noise to be alike at all sizes, so it is the least that the error can be.
 
     Args:
         points: (domain, parameters, loss in nats per token) of models of one family; at least three sizes for each domain.
@@ -56,7 +74,7 @@ def fit_reference(points: Iterable[Point], parameters: float) -> dict[str, float
     return {domain: _extrapolate(domain, pairs, float(parameters)) for domain, pairs in by_domain.items()}
 
 
-def _extrapolate(domain: str, pairs: Sequence[tuple[float, float]], parameters: float) -> float:
+def _extrapolate(domain: str, pairs: Sequence[tuple[float, float]], parameters: float) -> Estimate:
     sizes, losses = np.array(pairs, dtype=np.float64).T
     # In units of the middle size A and a hardly depend on each other; with raw counts A alone spans many orders of magnitude.
     unit = float(np.exp(np.log(sizes).mean()))
@@ -65,7 +83,8 @@ def _extrapolate(domain: str, pairs: Sequence[tuple[float, float]], parameters: 
             # Three points leave no freedom for an error estimate, and scipy warns that it has none.
             warnings.simplefilter("ignore", OptimizeWarning)
             start = _start(sizes / unit, losses)
-            (scale, exponent, floor), _ = curve_fit(_law, sizes / unit, losses, p0=start, maxfev=20000, ftol=1e-14, xtol=1e-14, gtol=1e-14)
+            found, covariance = curve_fit(_law, sizes / unit, losses, p0=start, maxfev=20000, ftol=1e-14, xtol=1e-14, gtol=1e-14)
+            scale, exponent, floor = found
     except RuntimeError:
         scale, exponent, floor = -1.0, 0.0, 0.0
     falls = losses[sizes.argmax()] < losses[sizes.argmin()]
@@ -73,7 +92,10 @@ def _extrapolate(domain: str, pairs: Sequence[tuple[float, float]], parameters: 
         found = ", ".join(f"{size:.6g}: {loss:.6g}" for size, loss in sorted(pairs))
         remedy = "The losses must fall as the models grow, and less with each doubling; check them, or use the source's own losses."
         raise DataError(f"{domain}: reference losses cannot be fitted", [Problem(domain, found, remedy)])
-    return float(scale * (parameters / unit) ** -exponent + floor)
+    power = (parameters / unit) ** -exponent
+    gradient = np.array([power, -scale * power * math.log(parameters / unit), 1.0])
+    variance = float(gradient @ covariance @ gradient) if len(set(sizes.tolist())) > 3 else math.inf
+    return Estimate(float(scale * power + floor), math.sqrt(variance) if 0 <= variance < math.inf else None)
 
 
 def _start(sizes: Floats, losses: Floats) -> tuple[float, float, float]:

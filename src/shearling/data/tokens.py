@@ -1,17 +1,23 @@
-"""Prepared text on disk: per domain two shards of token rows, and a manifest that says what they are.
+"""Prepared text on disk: per domain and split a list of shards of token rows, and a manifest that says what they are.
 
-A shard is a raw little-endian array of ids [n, T], row after row, without a header: `DOMAIN.train.bin`, `DOMAIN.heldout.bin`.
+A shard is a raw little-endian array of ids [rows, T], row after row, without a header: `DOMAIN.train.00000.bin`. All shards of a split
+but the last have the same number of rows, so that a row is found by a division.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+import operator
+import re
+import resource
+import threading
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,18 +27,28 @@ from shearling.data.verified import Verified
 from shearling.errors import ArtifactError, Problem
 from shearling.io.files import read_json
 
-FORMAT = 1
+FORMAT = 2
 """Version of the layout; raised when older readers would misread it."""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
+SHARD_TOKENS = 2**26
+"""Tokens in a full shard, at most."""
+_MOST_OPEN = 2**14
+"""Shards that a token set keeps mapped at once, at most; the system allows about four times as many maps."""
 _AGAIN = "The directory is damaged: delete it and prepare the data again."
 _REBUILD = "Run `shearling prepare` with the same recipe and --out to rebuild this shard."
+_COMPLETE = "Run `shearling prepare` with the same recipe and --out to complete it."
 Ids = NDArray[Any]
 
 
-def shard_name(domain: str, split: str) -> str:
-    """File name of a shard."""
-    return f"{domain}.{split}.bin"
+def shard_name(domain: str, split: str, number: int) -> str:
+    """File name of a shard; `number` counts from 0."""
+    return f"{domain}.{split}.{number:05d}.bin"
+
+
+def shard_rows(sequence_length: int, shard_tokens: int = SHARD_TOKENS) -> int:
+    """Rows of a full shard: the largest power of two with which it holds at most `shard_tokens` tokens, and at least 1."""
+    return 1 << max((shard_tokens // sequence_length).bit_length() - 1, 0)
 
 
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
@@ -41,14 +57,145 @@ def dtype_for(vocab_size: int) -> np.dtype[Any]:
 
 
 @dataclass(frozen=True)
+class Shard:
+    """One file of a split, as the manifest names it."""
+
+    file: str
+    """Its name in the directory; made by `shard_name`, never by who wrote the manifest."""
+    sequences: int
+    """Rows in it, at least 1."""
+    sha256: str
+    """Of its bytes, 64 hex digits."""
+
+
+Locate = Callable[[Shard], Path]
+"""Where the local file of a shard lies; it may have to be fetched first."""
+
+
+class Rows:
+    """The rows [n, T] of a split, over all of its shards; they can be read and not written.
+
+    A shard is located and mapped when a row of it is first asked for. Many threads may read at once.
+
+    Args:
+        shards: at least one; all but the last with equally many rows, the last with no more.
+        sequence_length: T.
+        dtype: of the ids on disk.
+        locate: gives the file of a shard; what it raises is passed on.
+        maps: counts the shards that are mapped, together with other splits of the set; left out, these alone.
+    """
+
+    def __init__(
+        self, shards: Sequence[Shard], sequence_length: int, dtype: np.dtype[Any], locate: Locate, maps: Maps | None = None
+    ) -> None:
+        self.shards = tuple(shards)
+        self.shape = (sum(shard.sequences for shard in shards), sequence_length)
+        self.dtype = dtype
+        self._each = self.shards[0].sequences
+        self._locate, self._maps = locate, maps or Maps()
+        self._open: dict[int, Ids] = {}
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    @property
+    def ndim(self) -> int:
+        """2."""
+        return 2
+
+    def __getitem__(self, index: Any) -> Ids:
+        """Rows by an int, a slice or an array of ints, [T] or [.., T]; after a comma, ints and slices choose among the T tokens.
+
+        A new array, or a view of the file that cannot be written to. Raises `IndexError` as numpy does, and `ArtifactError` where a
+        shard cannot be mapped.
+        """
+        if isinstance(index, tuple):
+            rows, *rest = index
+            found = self[rows]
+            return found[(*[slice(None)] * (found.ndim - 1), *rest)]
+        if isinstance(index, slice):
+            chosen = range(len(self))[index]
+            return self._span(chosen.start, chosen.stop) if chosen.step == 1 else self._gather(np.array(chosen, dtype=np.int64))
+        if isinstance(index, np.ndarray | list):
+            return self._gather(np.asarray(index))
+        number = operator.index(index)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"row {number} of {len(self)}")
+        shard, row = divmod(number % len(self), self._each)
+        return np.asarray(self._map(shard)[row])
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Ids:
+        """All rows, in memory where they do not lie in one shard."""
+        rows = self[:]
+        return np.array(rows, dtype=dtype) if copy else np.asarray(rows, dtype=dtype)
+
+    def _span(self, start: int, stop: int) -> Ids:
+        parts = []
+        while start < stop:
+            shard, row = divmod(start, self._each)
+            parts.append(self._map(shard)[row : row + stop - start])
+            start += len(parts[-1])
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.dtype)
+
+    def _gather(self, rows: Ids) -> Ids:
+        if rows.size and rows.dtype.kind not in "iu":
+            raise IndexError(f"rows are chosen by whole numbers, not by {rows.dtype}")
+        if rows.size and not (-len(self) <= rows.min() and rows.max() < len(self)):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
+        rows = rows.astype(np.int64, copy=False)
+        if len(self.shards) == 1:
+            return self._map(0)[rows]
+        found = np.empty((*rows.shape, self.shape[1]), self.dtype)
+        flat = found.reshape(-1, self.shape[1])
+        shards, places = np.divmod(rows.reshape(-1) % len(self), self._each)
+        for number, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
+            flat[number] = self._map(shard)[place]
+        return found
+
+    def _map(self, number: int) -> Ids:
+        """The ids [rows, T] of a shard."""
+        found = self._open.get(number)
+        if found is None:
+            shard = self.shards[number]
+            file = self._locate(shard)
+            try:
+                found = np.memmap(file, self.dtype, "r", shape=(shard.sequences, self.shape[1])).view(np.ndarray)
+            except (OSError, ValueError) as error:  # ValueError: the file is too short
+                raise ArtifactError(f"{file}: cannot be mapped", [Problem(shard.file, str(error), _REBUILD)]) from None
+            self._open[number] = found
+            self._maps.opened(self._open, number)
+        return found
+
+
+class Maps:
+    """Keeps the number of mapped shards below what the system allows: each holds a file open. The oldest are let go first."""
+
+    def __init__(self) -> None:
+        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._most = _MOST_OPEN if files == resource.RLIM_INFINITY else max(1, min(files // 2, _MOST_OPEN))
+        self._order: deque[tuple[dict[int, Ids], int]] = deque()
+        self._lock = threading.Lock()
+
+    def opened(self, maps: dict[int, Ids], number: int) -> None:
+        """`maps[number]` was just mapped."""
+        with self._lock:
+            self._order.append((maps, number))
+            if len(self._order) > self._most:
+                oldest, key = self._order.popleft()
+                oldest.pop(key, None)  # who reads it at this moment holds it
+
+
+@dataclass(frozen=True)
 class TokenSet:
     """Token rows of every domain, mapped from disk and never written to."""
 
     path: Path
     manifest: Mapping[str, Any]
-    """What `prepare` returned: counts, fingerprints, notes, by domain."""
-    arrays: Mapping[tuple[str, str], Ids]
-    """(domain, split) -> ids [n, T], uint16 or uint32."""
+    """What `prepare` returned: counts, shards, fingerprints, notes, by domain."""
+    arrays: Mapping[tuple[str, str], Rows]
+    """(domain, split) -> rows [n, T], uint16 or uint32; `rows_of` makes them."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -65,7 +212,12 @@ class TokenSet:
         """Every id is below it."""
         return int(self.manifest["vocab_size"])
 
-    def sequences(self, domain: str, split: str) -> Ids:
+    @property
+    def document_end(self) -> int:
+        """The id of the mark that ends each document; nothing else in the rows has it."""
+        return int(self.manifest["document_end"])
+
+    def sequences(self, domain: str, split: str) -> Rows:
         """The rows [n, T] of a domain, `split` being train or heldout; read-only, uint16 or uint32, n >= 1."""
         return self.arrays[domain, split]
 
@@ -85,13 +237,22 @@ def open_tokens(path: str | Path, *, verify: bool = True) -> TokenSet:
     if problems:
         headline = f"{path}: {len(problems)} shard{'s' * (len(problems) > 1)} cannot be used"
         raise ArtifactError(headline, list(problems.values()))
-    dtype, length = np.dtype(manifest["dtype"]), manifest["sequence_length"]
-    arrays: dict[tuple[str, str], Ids] = {
-        (domain, split): np.memmap(path / shard_name(domain, split), dtype, "r", shape=(facts[f"{split}_sequences"], length))
+    return TokenSet(path, manifest, rows_of(manifest, lambda shard: path / shard.file))
+
+
+def rows_of(manifest: Mapping[str, Any], locate: Locate) -> dict[tuple[str, str], Rows]:
+    """(domain, split) -> its rows, of a manifest that is known to be sound; no shard is located yet."""
+    dtype, length, maps = np.dtype(manifest["dtype"]), manifest["sequence_length"], Maps()
+    return {
+        (domain, split): Rows(shards_of(facts, split), length, dtype, locate, maps)
         for domain, facts in manifest["domains"].items()
         for split in SPLITS
     }
-    return TokenSet(path, manifest, arrays)
+
+
+def shards_of(facts: Mapping[str, Any], split: str) -> list[Shard]:
+    """The shards of a split, in order; `facts` is what a sound manifest says of a domain."""
+    return [Shard(shard["file"], shard["sequences"], shard["sha256"]) for shard in facts["shards"][split]]
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -99,24 +260,28 @@ def read_manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         found = "a file" if path.exists() else "nothing"
         raise ArtifactError(f"{path}: no prepared data", [Problem("data", found, "Prepare the data first.")])
-    manifest = read_json(path / MANIFEST)
+    return check_manifest(read_json(path / MANIFEST), str(path / MANIFEST))
+
+
+def check_manifest(manifest: Any, where: str) -> dict[str, Any]:
+    """A manifest, which may come from elsewhere, once it is known to be sound; raise `ArtifactError` that names `where`."""
     try:
         problems = _manifest_problems(manifest) or _contradictions(manifest)
     except RecursionError:
         problems = [Problem("manifest", "lists in lists without end", _AGAIN)]
     if problems:
-        raise ArtifactError(f"{path / MANIFEST}: cannot be used", problems)
+        raise ArtifactError(f"{where}: cannot be used", problems)
     return dict(manifest)
 
 
 def damaged_shards(path: Path, manifest: Mapping[str, Any]) -> dict[tuple[str, str], Problem]:
-    """(domain, split) -> what is wrong with the shard, by size and sha256; reads only what has changed since it was last verified."""
+    """(domain, file) -> what is wrong with the shard, by size and sha256; reads only what has changed since it was last verified."""
     with Verified(path) as verified:
         return shard_problems(path, manifest, verified.sha256)
 
 
 def shard_problems(path: Path, manifest: Mapping[str, Any], sha256: Callable[[Path, str], str] | None) -> dict[tuple[str, str], Problem]:
-    """(domain, split) -> what is wrong with the shard.
+    """(domain, file) -> what is wrong with the shard; for a domain that is missing whole, (domain, "").
 
     Args:
         path: the directory.
@@ -127,14 +292,13 @@ def shard_problems(path: Path, manifest: Mapping[str, Any], sha256: Callable[[Pa
     row = manifest["sequence_length"] * np.dtype(manifest["dtype"]).itemsize
     for domain in manifest["settings"]["domains"]:
         facts = manifest["domains"].get(domain)
-        for split in SPLITS:
-            if facts is None:
-                found: str | None = "no such domain in the manifest, so preparing did not come to its end"
-            else:
-                size, digest = facts[f"{split}_sequences"] * row, facts["sha256"][split]
-                found = _difference(path / shard_name(domain, split), size, digest, sha256)
-            if found:
-                problems[domain, split] = Problem(shard_name(domain, split), found, _REBUILD)
+        if facts is None:
+            found = "no such domain in the manifest, so preparing did not come to its end"
+            problems[domain, ""] = Problem(f"domains.{domain}", found, _COMPLETE)
+            continue
+        for shard in (shard for split in SPLITS for shard in shards_of(facts, split)):
+            if difference := _difference(path / shard.file, shard.sequences * row, shard.sha256, sha256):
+                problems[domain, shard.file] = Problem(shard.file, difference, _REBUILD)
     return problems
 
 
@@ -154,18 +318,28 @@ def fingerprint(settings: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
+def split_digest(facts: Mapping[str, Any], split: str) -> str:
+    """What the bytes of a split are known by, 64 hex digits: the sha256 of its shard, or one over those of all its shards in order."""
+    digests = [shard.sha256 for shard in shards_of(facts, split)]
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
 def _manifest_problems(manifest: Any) -> list[Problem]:
     """What makes a manifest unusable; it may come from elsewhere, so names are checked before they become paths."""
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        found = repr(manifest.get("format")) if isinstance(manifest, dict) else type(manifest).__name__
-        return [Problem("format", found, f"This version reads format {FORMAT}: prepare the data again.")]
+        found = repr(manifest.get("format"))[:80] if isinstance(manifest, dict) else type(manifest).__name__
+        remedy = "prepare the data again, into another directory, or delete this one first."
+        return [Problem("format", found, f"This version reads format {FORMAT}: {remedy}")]
     problems = [
         Problem(field, repr(manifest.get(field))[:80], _AGAIN)
-        for field in ("sequence_length", "vocab_size")
+        for field in ("sequence_length", "vocab_size", "shard_sequences")
         if not _is_count(manifest.get(field))
     ]
     if manifest.get("dtype") not in ("<u2", "<u4"):
         problems.append(Problem("dtype", repr(manifest.get("dtype"))[:80], _AGAIN))
+    end = manifest.get("document_end")
+    if not (type(end) is int and end >= 0):
+        problems.append(Problem("document_end", repr(end)[:80], _AGAIN))
     domains = manifest.get("domains")
     if not (isinstance(domains, dict) and domains):
         return [*problems, Problem("domains", repr(domains)[:80], _AGAIN)]
@@ -174,16 +348,29 @@ def _manifest_problems(manifest: Any) -> list[Problem]:
             problems.append(Problem(f"domains.{name}", "an unsafe name", name_problem))
         if not isinstance(facts, dict):
             problems.append(Problem(f"domains.{name}", repr(facts)[:80], _AGAIN))
-            continue
-        digests = facts.get("sha256")
-        for split in SPLITS:
-            sound = isinstance(digests, dict) and isinstance(digests.get(split), str)
-            if not (sound and _is_count(facts.get(f"{split}_sequences"))):
-                problems.append(Problem(f"domains.{name}", f"no sound {split}_sequences and sha256", _AGAIN))
+        elif name_problem is None and _is_count(full := manifest.get("shard_sequences")):
+            unsound = [split for split in SPLITS if not _sound_split(name, facts, split, full)]
+            problems += [Problem(f"domains.{name}", f"no sound {split}_sequences and shards", _AGAIN) for split in unsound]
     return problems
 
 
-def _is_count(value: Any) -> bool:
+def _sound_split(domain: str, facts: Mapping[str, Any], split: str, full: int) -> bool:
+    """Whether what a manifest says of the shards of a split makes sense; `full`: rows of every shard but the last."""
+    shards = facts.get("shards")
+    listed = shards.get(split) if isinstance(shards, dict) else None
+    if not (isinstance(listed, list) and listed and _is_count(facts.get(f"{split}_sequences"))):
+        return False
+    for number, shard in enumerate(listed):
+        if not (isinstance(shard, dict) and _is_count(shard.get("sequences")) and shard["sequences"] <= full):
+            return False
+        digest = shard.get("sha256")
+        if shard.get("file") != shard_name(domain, split, number) or not (isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest)):
+            return False
+    even = all(before["sequences"] == full for before, _ in pairwise(listed))
+    return even and sum(shard["sequences"] for shard in listed) == facts[f"{split}_sequences"]
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 < value < 2**48
 
 
@@ -192,7 +379,8 @@ def _contradictions(manifest: Mapping[str, Any]) -> list[Problem]:
     settings, found = manifest.get("settings"), manifest.get("fingerprint")
     if not isinstance(settings, dict) or not isinstance(settings.get("domains"), dict) or fingerprint(settings) != found:
         return [Problem("fingerprint", f"{found!r:.80}, which is not that of the settings", _AGAIN)]
-    wanted = {field: settings.get(field) for field in ("sequence_length", "vocab_size", "tokenizer")}
+    fields = ("sequence_length", "vocab_size", "tokenizer", "shard_sequences", "document_end")
+    wanted = {field: settings.get(field) for field in fields}
     wanted["dtype"] = dtype_for(manifest["vocab_size"]).str
     problems = [
         Problem(field, f"{manifest.get(field)!r:.80} where {value!r:.80} is expected", _AGAIN)
@@ -201,68 +389,3 @@ def _contradictions(manifest: Mapping[str, Any]) -> list[Problem]:
     ]
     strangers = [name for name in manifest["domains"] if name not in settings["domains"]]
     return problems + [Problem(f"domains.{name}", "a domain that is not in the settings", _AGAIN) for name in strangers]
-
-
-class ShardWriter:
-    """Packs runs of ids into rows of T and writes them; a last row that is not full is dropped.
-
-    Args:
-        file: path of the shard; replaced if there is one.
-        sequence_length: T.
-        dtype: type of the ids on disk.
-        limit: rows at most; None for no limit.
-    """
-
-    _BLOCK = 2**20
-
-    def __init__(self, file: Path, sequence_length: int, dtype: np.dtype[Any], limit: int | None) -> None:
-        self.sequence_length = sequence_length
-        self.tokens = 0
-        """Tokens taken, with those of a row that is not full."""
-        self._limit = None if limit is None else limit * sequence_length
-        self._dtype = dtype
-        self._pending: list[Ids] = []
-        self._pending_size = 0
-        self._digest = hashlib.sha256()
-        file.unlink(missing_ok=True)  # never into a file that is there: it may be linked from a token set in use
-        self._file = open(file, "xb")  # noqa: SIM115  (closed by __exit__)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._file.close()
-
-    @property
-    def full(self) -> bool:
-        """Whether the limit is reached."""
-        return self._limit is not None and self.tokens >= self._limit
-
-    @property
-    def sequences(self) -> int:
-        """Full rows so far."""
-        return self.tokens // self.sequence_length
-
-    def add(self, ids: Ids) -> None:
-        """Append ids [n], each below the vocabulary size; what goes over the limit is dropped."""
-        if self._limit is not None:
-            ids = ids[: self._limit - self.tokens]
-        self.tokens += len(ids)
-        self._pending.append(ids.astype(self._dtype))
-        self._pending_size += len(ids)
-        if self._pending_size >= self._BLOCK:
-            self._write()
-
-    def finish(self) -> str:
-        """Write what is pending, drop the last row if it is not full, and return the sha256 of the file."""
-        self._write()
-        self._file.flush()
-        return self._digest.hexdigest()
-
-    def _write(self) -> None:
-        ids = np.concatenate(self._pending) if self._pending else np.empty(0, self._dtype)
-        whole = len(ids) // self.sequence_length * self.sequence_length
-        data = ids[:whole].tobytes()
-        self._file.write(data)
-        self._digest.update(data)
-        self._pending, self._pending_size = [ids[whole:]], len(ids) - whole

@@ -10,13 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from shearling.inputs import model_inputs
+
 Objective = Callable[[nn.Module, Tensor], Tensor]
 """(model, token ids [B, T]) -> loss in nats of every predicted token [B, T - 1]."""
 
 
-def token_losses(model: nn.Module, ids_BT: Tensor) -> Tensor:
-    """Cross-entropy in nats of every token given those before, fp32 whatever the model computes in: [B, T - 1]."""
-    logits_BTV: Tensor = model(input_ids=ids_BT, use_cache=False).logits
+def token_losses(model: nn.Module, ids_BT: Tensor, document_end: int | None = None) -> Tensor:
+    """Cross-entropy in nats of every token given those before, fp32 whatever the model computes in: [B, T - 1].
+
+    With `document_end`, the mark's id, given those before in the same document. The first token of a document is then predicted from
+    the mark that ends the one before; see `shearling.inputs.document_positions`.
+    """
+    logits_BTV: Tensor = model(**model_inputs(ids_BT, document_end)).logits
     batch, length = ids_BT.shape
     labels_BT = F.pad(ids_BT[:, 1:], (0, 1), value=_NONE)  # ignoring the last position spares a shifted copy of the logits
     losses: Tensor = _CrossEntropy.apply(logits_BTV.flatten(0, 1), labels_BT.flatten())  # type: ignore[no-untyped-call]

@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from shearling.arch.axes import open_positions, parse_pattern
 from shearling.arch.families import Anatomy
 from shearling.errors import NumericsError
+from shearling.inputs import model_inputs
 from shearling.prune.attach import Attachment
 from shearling.prune.watch import evaluating
 
@@ -66,6 +67,7 @@ def compensate(
     ridge: float | None = None,
     aim: Aim = "own",
     stop: Callable[[], None] = lambda: None,
+    document_end: int | None = None,
 ) -> dict[str, Tensor]:
     """Weights for the output projections of kept blocks that make up for what `masks` close.
 
@@ -81,6 +83,7 @@ def compensate(
             halves of the batches, of which there must then be two or more.
         aim: what a projection's output is to come near, see above.
         stop: called before each batch of each pass; may raise.
+        document_end: as for `model_inputs`.
 
     Returns:
         Full name -> weight [D, I] of the model's shape and dtype, for the blocks that the masks keep; of `own`, for those of their
@@ -105,7 +108,7 @@ def compensate(
     read = {row.name.removesuffix(".weight"): parse_pattern(row.pattern)[-1] for row in anatomy.family.block}
     found: dict[str, Tensor] = {}
     with torch.no_grad(), evaluating(model), Attachment(model, anatomy) as gates:
-        sources_BTD, calls = _begin(model, blocks, batches_BT, stop)
+        sources_BTD, calls = _begin(model, blocks, batches_BT, stop, document_end)
         hidden_D = placed.get("hidden", like.new_ones(anatomy.sizes["hidden"]))
         streams_BTD = [stream * hidden_D for stream in sources_BTD]
         for layer, block in enumerate(blocks):
@@ -210,7 +213,11 @@ def _best_penalty(inputs_2KK: Tensor, missing_2OK: Tensor, scale: float) -> floa
 
 
 def _begin(
-    model: nn.Module, blocks: Sequence[nn.Module], batches_BT: Sequence[Tensor], between: Callable[[], None]
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    batches_BT: Sequence[Tensor],
+    between: Callable[[], None],
+    document_end: int | None,
 ) -> tuple[list[Tensor], list[list[_Call]]]:
     """Of every batch: the stream that enters the first block, and what each block is called with beside it."""
     streams_BTD: list[Tensor] = []
@@ -228,7 +235,7 @@ def _begin(
         for ids_BT in batches_BT:
             between()
             calls.append([])
-            model(input_ids=ids_BT, use_cache=False, logits_to_keep=1)
+            model(**model_inputs(ids_BT, document_end), logits_to_keep=1)
     return streams_BTD, calls
 
 

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from shearling.arch.axes import parse_pattern
 from shearling.arch.families import Anatomy, TensorRow
 from shearling.errors import NumericsError
+from shearling.inputs import model_inputs
 from shearling.prune.watch import evaluating
 
 ROWS = 8192
@@ -67,12 +68,13 @@ def stream_covariance(
     batches_BT: Sequence[Tensor],
     norms: Collection[str] | None = None,
     between: Callable[[], None] = lambda: None,
+    document_end: int | None = None,
 ) -> Tensor:
     """Second moments [D, D] of the residual stream as norms see it: mean of x x' / (rms(x)^2 + epsilon), fp64, on the model's device.
 
     The mean is over tokens and over `norms` (names; None: all that read the stream), so a token counts by its direction alone, and one
     of massive activations no more than any other. The model must be whole; it is run in eval mode and left as it was. `between` runs
-    before each batch. Raises `NumericsError` where an activation is not finite.
+    before each batch. `document_end`: as for `model_inputs`. Raises `NumericsError` where an activation is not finite.
     """
     names, size = norms_of(anatomy) if norms is None else list(norms), anatomy.sizes["hidden"]
     sum_DD = torch.zeros(size, size, dtype=torch.float64, device=next(model.parameters()).device)
@@ -84,7 +86,7 @@ def stream_covariance(
         x_ND = x_ND * _inverse_rms(x_ND, norm, size)
         sum_DD.addmm_(x_ND.T, x_ND)
 
-    _watch(model, names, batches_BT, add, between)
+    _watch(model, names, batches_BT, add, between, document_end)
     if not torch.isfinite(sum_DD).all():
         raise NumericsError("the residual stream is not finite on the calibration text; check the source's weights")
     return sum_DD / tokens
@@ -204,6 +206,7 @@ def fit_norms(
     hidden_D: Tensor,
     batches_BT: Sequence[Tensor],
     between: Callable[[], None] = lambda: None,
+    document_end: int | None = None,
 ) -> dict[str, Tensor]:
     """Weights [D] for all norms that read the stream, with which a cut of the stream to `hidden_D` keeps the scale of what they give.
 
@@ -214,6 +217,7 @@ def fit_norms(
     Args:
         model: whole; run in eval mode and left as it was.
         hidden_D: 1 for a channel that stays, 0 for one that goes; at least one stays.
+        document_end: as for `model_inputs`.
 
     Returns:
         Name of the weight -> weight, of the model's dtype.
@@ -228,7 +232,7 @@ def fit_norms(
         cut_ND = x_ND * open_D * _inverse_rms(x_ND * open_D, norm, kept)
         products[names[norm]] += torch.stack([(cut_ND * source_ND).sum(), cut_ND.square().sum()])
 
-    _watch(model, list(names.values()), batches_BT, add, between)
+    _watch(model, list(names.values()), batches_BT, add, between, document_end)
     factors = {name: float(both[0] / both[1]) if both[1] > 0 else 1.0 for name, both in products.items()}
     weights = {name: model.get_parameter(f"{name}.weight").detach() for name in factors}
     return {f"{name}.weight": (weight.double() * factors[name]).to(weight.dtype) for name, weight in weights.items()}
@@ -240,6 +244,7 @@ def _watch(
     batches_BT: Sequence[Tensor],
     add: Callable[[nn.Module, Tensor], None],
     between: Callable[[], None],
+    document_end: int | None,
 ) -> None:
     """Run the model over the batches and give `add` the input of every norm named, as [N, D] in fp64."""
     if not batches_BT:
@@ -253,7 +258,7 @@ def _watch(
             hooks.callback(model.get_submodule(name).register_forward_pre_hook(before).remove)
         for ids_BT in batches_BT:
             between()
-            model(input_ids=ids_BT, use_cache=False, logits_to_keep=1)
+            model(**model_inputs(ids_BT, document_end), logits_to_keep=1)
 
 
 def _inverse_rms(x_ND: Tensor, norm: nn.Module, channels: float) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from shearling.arch.axes import open_positions, parse_pattern
 from shearling.arch.families import Anatomy
 from shearling.errors import NumericsError
+from shearling.inputs import model_inputs
 from shearling.io.tensors import MemoryReader
 from shearling.prune.attach import Attachment
 from shearling.prune.transform import Reader
@@ -51,11 +52,13 @@ class TensorDifference:
 
 
 @torch.no_grad()
-def masked_logits(model: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor], ids_BT: Tensor) -> Tensor:
-    """Logits [B, T, V] of the source model with these gates, in its own dtype."""
+def masked_logits(
+    model: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor], ids_BT: Tensor, document_end: int | None = None
+) -> Tensor:
+    """Logits [B, T, V] of the source model with these gates, in its own dtype; `document_end` as for `model_inputs`."""
     with Attachment(model, anatomy) as gates:
         gates.set(masks)
-        return logits_of(model, ids_BT)
+        return logits_of(model, ids_BT, document_end)
 
 
 @contextmanager
@@ -100,25 +103,33 @@ def in_float64(model: nn.Module, weights: Reader) -> Iterator[None]:
 
 @torch.no_grad()
 def compare_in_float64(
-    model: nn.Module, anatomy: Anatomy, masks: Mapping[str, Tensor], weights: Reader, cut: nn.Module, ids_BT: Tensor
+    model: nn.Module,
+    anatomy: Anatomy,
+    masks: Mapping[str, Tensor],
+    weights: Reader,
+    cut: nn.Module,
+    ids_BT: Tensor,
+    document_end: int | None = None,
 ) -> Difference:
     """Compare the gated and the cut model in fp64.
 
     Args:
         model: a model of the source's config, of any dtype; its weights do not count.
         weights: the source's tensors by their full names.
+        document_end: as for `model_inputs`.
     """
     state = cut.state_dict()
+    exact = {axis: mask.to(ids_BT.device, torch.float64) for axis, mask in masks.items()}
     with in_float64(model, weights):
-        expected = masked_logits(model, anatomy, {axis: mask.to(ids_BT.device, torch.float64) for axis, mask in masks.items()}, ids_BT)
+        expected = masked_logits(model, anatomy, exact, ids_BT, document_end)
     with in_float64(cut, MemoryReader(state)):
-        return difference_of(expected, logits_of(cut, ids_BT))
+        return difference_of(expected, logits_of(cut, ids_BT, document_end))
 
 
 @torch.no_grad()
-def compare_logits(cut: nn.Module, expected_BTV: Tensor, ids_BT: Tensor) -> Difference:
-    """Compare a cut model with logits computed before."""
-    return difference_of(expected_BTV, logits_of(cut, ids_BT))
+def compare_logits(cut: nn.Module, expected_BTV: Tensor, ids_BT: Tensor, document_end: int | None = None) -> Difference:
+    """Compare a cut model with logits computed before; `document_end` as for `model_inputs`, and as it was for those."""
+    return difference_of(expected_BTV, logits_of(cut, ids_BT, document_end))
 
 
 def difference_of(expected: Tensor, found: Tensor) -> Difference:
@@ -199,7 +210,7 @@ def _tensor_difference(name: str, expected: Tensor, found: Tensor | None) -> Ten
 
 
 @torch.no_grad()
-def logits_of(model: nn.Module, ids_BT: Tensor) -> Tensor:
-    """Logits [B, T, V] of a model as it stands, in its own dtype."""
-    logits: Tensor = model(input_ids=ids_BT, use_cache=False).logits
+def logits_of(model: nn.Module, ids_BT: Tensor, document_end: int | None = None) -> Tensor:
+    """Logits [B, T, V] of a model as it stands, in its own dtype; `document_end` as for `model_inputs`."""
+    logits: Tensor = model(**model_inputs(ids_BT, document_end)).logits
     return logits

@@ -106,6 +106,11 @@ class RuntimeConfig(Config):
     reshard_after_forward: bool | None = None
     """On several processes: free a block's gathered weights after its forward pass, and gather them again for the backward pass: less
     memory, more communication. false: keep them for the length of a step. Left out: true on GPUs."""
+    prefetch: Annotated[int, Field(ge=0)] = 2
+    """Batches that are read ahead while a step is computed; 0: none. Whatever the depth, new shares hold from the step after they are
+    found."""
+    loader_workers: Annotated[int, Field(ge=0)] = 1
+    """Threads of each process that read ahead; 0: none."""
     timeout: Positive = 600.0
     """Seconds after which a process that does not answer the others ends the run."""
     save_every: Count | None = 1000

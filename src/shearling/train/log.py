@@ -4,11 +4,12 @@ A line holds `stage`, `step` (1-based in its stage; step 0 is the evaluation bef
 everything else is there when it was measured:
 
     domain_loss, weights, heldout, reference   {domain: x}; heldout and reference in nats per token, heldout with its "mean"
+    heldout_error {domain: standard error of heldout}, null where there is none; with that of "mean"
     sizes         {axis: {"expected", "target" (as scheduled), "worst" (largest distance of a vector of the axis from target)}}
     parameters    what the masks of a method that cuts in stages leave; model_parameters: of the model that trains, where it is sliced
     multipliers   {axis: {"lambda_1", "lambda_2"}} or, of projected gates, {axis: {"shift"}}
     learning_rate {"weights", "gates"}
-    gradient_norm, tokens (so far in the stage), tokens_per_second, seconds
+    gradient_norm, tokens (so far in the stage), tokens_per_second, seconds, evaluation_seconds (of them in evaluations)
 
 A step that was skipped has `skipped` (why) and `samples` ({domain: numbers of its training sequences}).
 

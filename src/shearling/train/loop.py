@@ -33,6 +33,7 @@ from shearling.train.stop import signal_name
 from shearling.world import World, forget_gathered
 
 Losses = dict[str, float]
+Errors = dict[str, float | None]
 
 
 class LearnedGates(GateTraining, Protocol):
@@ -69,6 +70,10 @@ class Progress:
     """Seconds spent in steps and evaluations, over all tries."""
     heldout: Losses = field(default_factory=dict)
     """The newest held-out losses."""
+    heldout_errors: Errors = field(default_factory=dict)
+    """Their standard errors."""
+    evaluation_seconds: float = 0.0
+    """Of `seconds`, those spent in evaluations."""
     recent: list[float] = field(default_factory=list)
     """Losses of the last steps that were not skipped, by which spikes are known."""
     bad_steps: int = 0
@@ -98,8 +103,9 @@ class Surroundings:
     domains: list[str]
     loader: Loader
     objective: Objective
-    evaluate: Callable[[nn.Module], Losses]
-    """Held-out losses of the model as it stands, with their `mean`. Raises `Stopped` where a signal asks for it on the way."""
+    evaluate: Callable[[nn.Module, bool], tuple[Losses, Errors]]
+    """(model, whether on all held-out text) -> held-out losses of the model as it stands, with their `mean`, and standard errors. Those
+    inside a stage may be estimates from a part of the text. Raises `Stopped` where a signal asks for it on the way."""
     reweigh: Callable[[np.ndarray, Losses], np.ndarray]
     """(shares [D], held-out losses) -> shares from now on."""
     reference: Mapping[str, float]
@@ -142,10 +148,10 @@ def fit(
 ) -> Progress:
     """Train `model` in place for `config.steps` steps, from the newest checkpoint if there is one, and return where it stands.
 
-    `start.heldout` are the model's held-out losses before the first step, measured by the stage before. On several processes each
-    calls it with its part of the model; what is decided is the same on all. `until`: asked before every step whether to return already;
-    what was done is then saved, and another call goes on from there. `drop_moments`: asked after every step that was not skipped whether
-    the optimizer begins anew, with moments of 0.
+    `start.heldout` are the model's losses on all held-out text before the first step, measured by the stage before. On several processes
+    each calls it with its part of the model; what is decided is the same on all. `until`: asked before every step whether to return
+    already; what was done is then saved, and another call goes on from there. `drop_moments`: asked after every step that was not
+    skipped whether the optimizer begins anew, with moments of 0.
     Raises `Stopped` after saving where a signal asked for it, `NumericsError` where too many steps in a row were bad.
     """
     forget_gathered(model)  # of forward passes before, which would stand in the place of the parameters
@@ -158,6 +164,7 @@ def fit(
     with (
         around.saver as saver,
         world.everywhere(lambda: _log(around, logged)) as log,
+        around.loader,  # its threads end with the stage
     ):
 
         def save(**how: bool) -> None:
@@ -168,7 +175,7 @@ def fit(
         if logged == 0:
             if around.reweigh_first and restored is None:
                 progress.weights = around.reweigh(progress.weights, progress.heldout)
-            log.step({"step": 0, "heldout": progress.heldout, "weights": _named(around, progress.weights), "reference": around.reference})
+            log.step({"step": 0, "weights": _named(around, progress.weights), **_heldout(around, progress)})
         while (progress.step < config.steps and not until()) or progress.unlogged is not None:
             asked = world.largest(max(_LOG_FAILED * log.failed, _SAVE_FAILED * saver.failed, world.signal()))
             if asked >= _LOG_FAILED:
@@ -189,10 +196,10 @@ def fit(
             line = dict(progress.unlogged)
             if progress.step % config.evaluate_every == 0 or progress.step == config.steps:
                 try:
-                    _evaluate(model, around, progress, gates)
+                    _evaluate(model, around, progress, gates, whole=progress.step == config.steps)
                 except Stopped:
                     continue  # the evaluation is done anew by the next run
-                line |= {"heldout": progress.heldout, "reference": around.reference}
+                line |= _heldout(around, progress)
             progress.unlogged = None
             log.step(line)
             around.show(progress.step, config.steps, line)
@@ -254,15 +261,22 @@ def _step(
     return line
 
 
-def _evaluate(model: nn.Module, around: Surroundings, progress: Progress, gates: LearnedGates | None) -> None:
+def _evaluate(model: nn.Module, around: Surroundings, progress: Progress, gates: LearnedGates | None, *, whole: bool) -> None:
     """Held-out losses, and the shares that follow from them."""
     began = time.perf_counter()
     if gates is not None:
         gates.settle(progress.step)
-    progress.heldout = around.evaluate(model)
+    progress.heldout, progress.heldout_errors = around.evaluate(model, whole)
     forget_gathered(model)
     progress.weights = around.reweigh(progress.weights, progress.heldout)
-    progress.seconds += time.perf_counter() - began
+    progress.seconds += (spent := time.perf_counter() - began)
+    progress.evaluation_seconds += spent
+
+
+def _heldout(around: Surroundings, progress: Progress) -> dict[str, Any]:
+    """What is logged of an evaluation."""
+    found = {"heldout": progress.heldout, "heldout_error": progress.heldout_errors, "reference": around.reference}
+    return found | {"seconds": progress.seconds, "evaluation_seconds": progress.evaluation_seconds}
 
 
 def _refuse_bad_steps(progress: Progress, config: FitConfig, around: Surroundings, line: Mapping[str, Any]) -> None:

@@ -1,0 +1,104 @@
+"""Files of plain web servers, `http://` and `https://`, by Python's own client: from any byte on, and read at any place."""
+
+from __future__ import annotations
+
+import io
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.client import HTTPResponse
+from typing import Any
+from urllib.error import HTTPError
+from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.request import Request, urlopen
+
+TIMEOUT = 60.0
+"""Seconds without a byte after which a try is given up."""
+_GONE, _REFUSED = (404, 410), (401, 403)
+
+
+def is_web(url: str) -> bool:
+    """Whether a URL is one of these."""
+    return url.lower().startswith(("http://", "https://"))
+
+
+@contextmanager
+def _answer(url: str, start: int = 0, end: int | None = None) -> Iterator[HTTPResponse]:
+    """The answer of a server to a request for the bytes from `start` to `end` (exclusive); `OSError` of the kind that fits."""
+    headers = {"Accept-Encoding": "identity", "User-Agent": "shearling"}
+    parts = urlsplit(url)
+    if parts.username is not None:
+        login = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+        headers["Authorization"] = f"Basic {b64encode(login.encode()).decode()}"
+        url = urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    if start or end is not None:
+        headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
+    try:
+        answer: HTTPResponse = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+    except HTTPError as error:
+        with error:  # it is the open answer, too
+            kind = FileNotFoundError if error.code in _GONE else PermissionError if error.code in _REFUSED else OSError
+            raise kind(f"HTTP status {error.code} {error.reason}") from None
+    with answer:
+        yield answer
+
+
+def info(url: str) -> dict[str, Any]:
+    """Size in bytes (None where the server does not say) and ETag of a file, as file systems of fsspec give them.
+
+    Headers are taken of a GET that is broken off: addresses that are signed for GET refuse a HEAD.
+    """
+    with _answer(url) as answer:
+        return {"type": "file", "size": answer.length, "ETag": answer.headers.get("ETag")}
+
+
+def stream(url: str, start: int, block: int) -> Iterator[bytes]:
+    """The bytes of a file from `start` on, `block` at a time. Raises `OSError`, also where the connection ends early."""
+    with _answer(url, start) as answer:
+        passed = 0 if answer.status == 206 else start  # a server that knows no ranges sends all of it
+        while passed:
+            passed -= len(answer.read(min(block, passed))) or passed
+        while data := answer.read(block):
+            yield data
+        if answer.length:
+            raise ConnectionError(f"the connection ended {answer.length} bytes early")
+
+
+class WebFile(io.RawIOBase):
+    """A file of `size` bytes for reading at any place, on a server that knows ranges; each read is a request."""
+
+    def __init__(self, url: str, size: int) -> None:
+        super().__init__()
+        self._url, self._size, self._at = url, size, 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def tell(self) -> int:
+        """The place of the next byte."""
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a place, in bytes."""
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill `buffer`, or as much of it as is left of the file. Raises `OSError`."""
+        end = min(self._at + len(buffer), self._size)
+        if self._at >= end:
+            return 0
+        with _answer(self._url, self._at, end) as answer:
+            if answer.status != 206:
+                raise OSError("the server sends no parts of files; download the file")
+            data = answer.read(end - self._at)
+        if len(data) < end - self._at:
+            raise ConnectionError(f"the connection ended {end - self._at - len(data)} bytes early")
+        buffer[: len(data)] = data
+        self._at = end
+        return len(data)

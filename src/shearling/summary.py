@@ -1,0 +1,43 @@
+"""What a run found, stage by stage, as the values of `report.json`."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from shearling.arch.families import Anatomy
+from shearling.io.files import read_json
+from shearling.planning import sizes
+from shearling.recipe import Recipe
+from shearling.shapes import anatomy_of_shape
+from shearling.steering import reported_losses
+from shearling.texts import described
+
+STAGES = ("prepare", "source", "prune", "train", "evaluate")
+"""The stages of a run, in order; a report can be made after any of them."""
+
+
+def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> dict[str, Any]:
+    """What `report.json` holds: whatever the finished stages of a run directory found; `target` is what pruning was expected to give."""
+    found = {name: read_json(path / "stages" / f"{name}.json") for name in STAGES if (path / "stages" / f"{name}.json").exists()}
+    if "shape" in found.get("prune", {}):
+        target = anatomy_of_shape(target, found["prune"]["shape"])
+    values: dict[str, Any] = {
+        "shearling": version("shearling"),
+        "seed": recipe.seed,
+        "source": {"name": recipe.source, **sizes(source)},
+        "model": {"path": "model" if "train" in found else None, **sizes(target)},
+        "tokens": {stage: found[stage]["tokens"] for stage in ("prune", "train") if stage in found},
+        "seconds": {stage: result["seconds"] for stage, result in found.items()},
+    }
+    if "prepare" in found:
+        values["data"] = described(recipe, found["prepare"])
+    values |= reported_losses(recipe, found)
+    if "prune" in found:
+        values["verify"] = found["prune"]["verify"]
+    if "train" in found:
+        values["epochs"] = found["train"]["epochs"]
+        values |= {key: found["train"][key] for key in ("padded",) if key in found["train"]}
+    measured = found.get("evaluate", {})
+    return values | {key: measured[key] for key in ("speed", "speed_dtype", "speed_device", "speed_error") if key in measured}
