@@ -113,8 +113,7 @@ def own_batches(tokens: TokenSet, batch_size: int, prefetch: int) -> Iterator[to
 def memmap_batches(tokens: TokenSet, batch_size: int) -> Iterator[torch.Tensor]:
     """The plain loop: one memory map a domain, fixed shares, a permutation in memory."""
     rng = np.random.default_rng(17)
-    maps = [np.concatenate([np.asarray(tokens.sequences(name, "train")[:0])]) for name in tokens.domains]
-    dtype, length = maps[0].dtype, tokens.sequence_length
+    dtype, length = np.dtype(tokens.manifest["dtype"]), tokens.sequence_length
     files = [[(shard["file"], shard["sequences"]) for shard in tokens.manifest["domains"][d]["shards"]["train"]] for d in tokens.domains]
     if any(len(shards) > 1 for shards in files):
         raise SystemExit("the plain loop reads one file a domain: use less text")
@@ -155,13 +154,12 @@ def bench_load(args: argparse.Namespace) -> dict[str, Any]:
     for _ in range(args.rounds):
         for name, run in runs.items():
             found[name].append(run())
-    own = [max(pair) for pair in zip(found["shearling"], found["shearling, 2 ahead"], strict=True)]
+    own = [name for name in runs if name.startswith("shearling")]
     return {
         "tokens_per_second": {name: median(rates) for name, rates in found.items()},
         "ratio": {
-            name: median(a / b for a, b in zip(own, rates, strict=True))
-            for name, rates in found.items()
-            if not name.startswith("shearling")
+            name: {other: median(a / b for a, b in zip(found[name], found[other], strict=True)) for other in runs if other not in own}
+            for name in own
         },
     }
 

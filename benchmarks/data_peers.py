@@ -15,6 +15,7 @@ import time
 import types
 from collections.abc import Iterator
 from functools import partial
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,26 @@ def litdata(args: argparse.Namespace) -> Iterator[Any]:
         yield from StreamingDataLoader(combined, batch_size=args.batch_size, num_workers=args.workers)
 
 
+class _Empty(types.ModuleType):
+    """A module that has every name, each a class of its own."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__, self.__path__ = ModuleSpec(name, None), []
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
 def mosaicml(args: argparse.Namespace) -> Iterator[Any]:
     """Batches of `StreamingDataset` over one stream a domain."""
     try:
         import torchvision  # noqa: F401
     except Exception:  # it imports torchvision for pictures alone, and breaks where that is missing or does not fit torch
         for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional", "torchvision.datasets"):
-            module = sys.modules.setdefault(name, types.ModuleType(name))
-            module.__getattr__ = lambda attribute: type(attribute, (), {})  # type: ignore[method-assign]
+            sys.modules[name] = _Empty(name)
     from streaming import MDSWriter, Stream, StreamingDataset
     from torch.utils.data import DataLoader
 
