@@ -225,7 +225,7 @@ def test_an_evaluation_on_text_of_another_model(run: Command, good: dict[str, An
     assert run("prepare", str(recipe), "--out", str(run.out))[0] == 0
     save_tiny_source(tmp_path / "other", "llama", vocab=98)
     code, message = run("evaluate", str(tmp_path / "other"), "--data", str(run.out), "--no-speed")
-    assert code == 3 and "96" in message and "98" in message
+    assert code == 3 and "prepared for another model" in message and "fingerprint" in message
     code, message = run("evaluate", good["source"], "--data", str(tmp_path / "nowhere"))
     assert code == 3 and "nowhere" in message
     code, message = run("report", str(tmp_path / "nowhere"))

@@ -267,6 +267,7 @@ def test_every_field_of_the_ledger_of_text(copy: Path) -> None:
     check_artifacts(copy)
     changes: list[tuple[Callable[[Any], Any], list[str]]] = [
         (lambda facts: facts.update(sequence_length=64), ["data.sequence_length"]),
+        (lambda facts: facts.update(domains=dict(reversed(facts["domains"].items()))), ["data.domains"]),
         (lambda facts: facts["domains"].pop("a"), ["data.a.heldout", "data.a.train"]),
         (lambda facts: facts["domains"].update(c=facts["domains"]["a"]), ["data.c.heldout", "data.c.train"]),
         (lambda facts: facts["domains"]["b"]["shards"]["train"][0].update(sha256="0" * 64), ["data.b.train"]),

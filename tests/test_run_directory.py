@@ -21,7 +21,7 @@ from shearling import cli
 from shearling.errors import ArtifactError, ConfigError, OutputError, ShapeError, StorageError
 from shearling.io.files import RunLock
 from shearling.recipe import Recipe, dump_recipe, load_recipe
-from shearling.run import RunDirectory, run_path
+from shearling.run import RunDirectory, run_path, stage_result
 
 OLD = load_recipe(WHOLE_VALUES)
 NEW = load_recipe(WHOLE_VALUES, ["seed=3"])
@@ -339,3 +339,13 @@ def test_a_kill_while_a_change_is_recorded(tmp_path: Path) -> None:
         enter(out, recipe, accept_changed=["train"])
         assert load_recipe(out / "recipe.yaml") == recipe and not list(out.glob(".tmp-*"))
     assert k > 5
+
+
+def test_what_a_stage_found_is_read_again_however_much_it_is(tmp_path: Path) -> None:
+    """The losses of half a million held-out sequences are more than a file of anyone else may have."""
+    found = {"sequence_losses": {"a": " ".join(["3.141593"] * 500_000)}}
+    with RunDirectory(tmp_path, OLD) as directory:
+        assert directory.do("source", lambda: dict(found), Silent())["sequence_losses"] == found["sequence_losses"]
+    with RunDirectory(tmp_path, OLD) as directory:
+        again = directory.do("source", lambda: pytest.fail("done again"), Silent())
+    assert again["sequence_losses"] == found["sequence_losses"] and stage_result(tmp_path, "prune") is None

@@ -8,7 +8,8 @@ from typing import Any, get_args
 
 from shearling.config import parse
 from shearling.data.config import Attend
-from shearling.data.elsewhere import fetch_heldout
+from shearling.data.elsewhere import fetch_heldout, model_problems
+from shearling.data.remote import shown_place
 from shearling.errors import ArtifactError, ConfigError, Problem
 from shearling.evaluate.loss import heldout_losses
 from shearling.evaluate.speed import measure_speed
@@ -25,14 +26,13 @@ def measure_model(
     source: Source, data: str | Path, *, batch_size: int, speed: bool, precision: str, device: str, attend: str | None = None
 ) -> dict[str, Any]:
     """Loss and speed of one model; see `shearling.api.evaluate`."""
-    attend = _attend(Path(data)) if attend is None else attend
-    if attend not in get_args(Attend):
+    if attend is not None and attend not in get_args(Attend):
         raise ConfigError("the model cannot be measured", [Problem("attend", repr(attend), f"Use {' or '.join(get_args(Attend))}.")])
-    tokens = open_text(find_text(data))
-    if tokens.vocab_size != source.anatomy.sizes["vocab"]:
-        remedy = "Prepare the text with this model's tokenizer."
-        wrong = f"a vocabulary of {tokens.vocab_size} where the model has {source.anatomy.sizes['vocab']}"
-        raise ArtifactError(f"{data}: prepared for another model", [Problem("data", wrong, remedy)])
+    text = find_text(data)
+    attend = attend or (load_recipe(text.run / RECIPE_FILE).data.attend if text.run else "sequence")
+    tokens = open_text(text)
+    if problems := model_problems(tokens.manifest, source.tokenizer(), source.anatomy.sizes["vocab"]):
+        raise ArtifactError(f"{shown_place(text.where)}: prepared for another model", problems)
     runtime = parse(RuntimeConfig, {"device": device, "precision": precision}, "evaluate")
     place = choose_device(runtime)
     document_end = tokens.document_end if attend == "document" else None
@@ -44,8 +44,3 @@ def measure_model(
     found: dict[str, Any] = {"name": source.name, "parameters": source.anatomy.parameters(), "attend": attend}
     found |= {"loss": measured.losses, "loss_error": measured.errors}
     return found | ({"speed": measure_speed({"model": model})["model"]} if speed else {})
-
-
-def _attend(data: Path) -> str:
-    """What tokens attend to in the run that `data` is the directory of; in a sequence where it is none."""
-    return load_recipe(data / RECIPE_FILE).data.attend if (data / RECIPE_FILE).is_file() else "sequence"

@@ -36,6 +36,8 @@ from shearling.world import World
 
 RECIPE_FILE = "recipe.yaml"
 LOCK_FILE = ".lock"
+LEDGER_LIMIT = 2**26
+"""Bytes of what a stage found, at most: it holds the loss of every held-out sequence."""
 RUNS = "runs"
 """Folder of the runs that were not told where to go."""
 CONTENTS = frozenset(
@@ -112,8 +114,7 @@ class RunDirectory:
 
     def result(self, stage: str) -> dict[str, Any] | None:
         """What a finished stage found, or None while it is not finished."""
-        path = self._ledger(stage)
-        return dict(read_json(path)) if path.exists() else None
+        return stage_result(self.path, stage)
 
     def remaining(self, stages: Sequence[str]) -> tuple[str, ...]:
         """Those of the stages that are not finished, in order."""
@@ -168,6 +169,12 @@ class RunDirectory:
             self.notes.append(f"accepted: {field} {before} -> {after}{late}")
 
 
+def stage_result(path: Path, stage: str) -> dict[str, Any] | None:
+    """What a stage of the run at `path` found, of its ledger; None where it is not finished. `ArtifactError` where that is damaged."""
+    ledger = path / "stages" / f"{stage}.json"
+    return dict(read_json(ledger, limit=LEDGER_LIMIT)) if ledger.exists() else None
+
+
 def accepted_changes(before: Recipe, after: Recipe, accepted: Sequence[str], path: Path) -> list[tuple[str, str, str]]:
     """(field, before, after) of what differs and is `accepted` (fields, or sections of them); raise `ConfigError` for all else.
 
@@ -202,18 +209,19 @@ def check_artifacts(
         fingerprint: gives the source's present fingerprint; left out where no stage that is to come uses the source.
         manifest: of the text that the run uses; left out, that of `data/`.
     """
-    prepared, measured = path / "stages" / "prepare.json", path / "stages" / "source.json"
     problems = []
-    if tokens and prepared.exists():
+    if tokens and (prepared := stage_result(path, "prepare")):
         from shearling.data.tokens import read_manifest
 
-        before, now = _shards(read_json(prepared)), _shards(manifest or read_manifest(path / "data"))
+        before, now = _shards(prepared), _shards(manifest or read_manifest(path / "data"))
         remedy = "Put the prepared text back, or begin afresh with --overwrite."
         for field in sorted(before.keys() | now.keys()):
             if before.get(field) != now.get(field):
                 problems.append(Problem(field, f"{before.get(field, 'nothing')} -> {now.get(field, 'nothing')}", remedy))
-    if fingerprint is not None and measured.exists():
-        old, new = read_json(measured).get("fingerprint"), fingerprint()
+        if not problems and list(before) != list(now):  # by which shares and counts are saved
+            problems.append(Problem("data.domains", f"{', '.join(before)} -> {', '.join(now)}", remedy))
+    if fingerprint is not None and (measured := stage_result(path, "source")):
+        old, new = measured.get("fingerprint"), fingerprint()
         if old != new:
             remedy = "Put the source back that the run was begun with, or begin afresh with --overwrite."
             problems.append(Problem("source", f"fingerprint {old} -> {new}", remedy))

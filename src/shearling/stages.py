@@ -18,10 +18,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from shearling.board import alike, told
 from shearling.data import mixture
-from shearling.data.elsewhere import fetch_heldout, shown_place
+from shearling.data.elsewhere import fetch_heldout
 from shearling.data.loader import Loader
 from shearling.data.pack import Progress as Preparing
 from shearling.data.prepare import prepare
+from shearling.data.remote import shown_place
+from shearling.data.rows import Rows
 from shearling.data.tokens import TokenSet
 from shearling.errors import ArtifactError, ConfigError, Problem, Stopped
 from shearling.evaluate.loss import HeldOut, heldout_losses, instead_of_all, packed, unpacked, update_subset
@@ -112,7 +114,7 @@ class Context:
         return self.place(load)
 
     @cached_property
-    def heldout(self) -> dict[str, Any]:
+    def heldout(self) -> dict[str, Rows]:
         """Held-out sequences [N, T] of every domain."""
         return {domain: self.tokens.sequences(domain, "heldout") for domain in self.tokens.domains}
 

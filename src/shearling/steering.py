@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from shearling.data.mixture_config import MixtureConfig, PowerLawConfig
 from shearling.errors import ArtifactError, DataError, Problem
-from shearling.io.files import read_json
 from shearling.planning import STAGES_THAT_TRAIN, expected_target
 from shearling.recipe import Recipe
+from shearling.run import stage_result
 from shearling.sources import Source
 from shearling.train.config import FitConfig
 
@@ -74,8 +74,7 @@ def shares_of_run(path: Path, domains: Sequence[str]) -> dict[str, float]:
     Raises `ArtifactError` where it is no run, has not finished a stage that trains, or has other domains than `domains` (if any).
     """
     for stage in reversed(STAGES_THAT_TRAIN):
-        ledger = path / "stages" / f"{stage}.json"
-        if ledger.exists() and (shares := read_json(ledger).get("shares")):
+        if shares := (stage_result(path, stage) or {}).get("shares"):
             break
     else:
         remedy = "Give the directory of a run that has pruned or trained, or leave mixture.start out."

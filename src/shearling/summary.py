@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from shearling.arch.families import Anatomy
-from shearling.io.files import read_json
 from shearling.planning import sizes
 from shearling.recipe import Recipe
+from shearling.run import stage_result
 from shearling.shapes import anatomy_of_shape
 from shearling.steering import reported_losses
 from shearling.texts import described
@@ -20,7 +20,7 @@ STAGES = ("prepare", "source", "prune", "train", "evaluate")
 
 def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> dict[str, Any]:
     """What `report.json` holds: whatever the finished stages of a run directory found; `target` is what pruning was expected to give."""
-    found = {name: read_json(path / "stages" / f"{name}.json") for name in STAGES if (path / "stages" / f"{name}.json").exists()}
+    found = {name: result for name in STAGES if (result := stage_result(path, name)) is not None}
     if "shape" in found.get("prune", {}):
         target = anatomy_of_shape(target, found["prune"]["shape"])
     values: dict[str, Any] = {

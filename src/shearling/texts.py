@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from shearling.config import parse
 from shearling.data.config import CACHE, DataConfig
-from shearling.data.remote import Remote, is_url
+from shearling.data.remote import Remote, is_url, shown_place
 from shearling.errors import ArtifactError, ConfigError, Problem
-from shearling.io.files import read_json, sha256_file
+from shearling.io.files import sha256_file
 from shearling.recipe import Recipe, load_recipe
-from shearling.run import RECIPE_FILE
+from shearling.run import RECIPE_FILE, stage_result
 from shearling.sources import Source, open_source
 
 if TYPE_CHECKING:
@@ -157,13 +157,12 @@ def inspect(
     data: str | Path, sequence: str | None, tokenizer: str | None, verify: bool, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, Any]:
     """See `shearling.api.inspect_data`. `progress` is called with shards verified so far, and in all."""
-    from shearling.data.elsewhere import read_prepared, shown_place
+    from shearling.data.elsewhere import read_prepared
 
     asked = None if sequence is None else _asked(sequence)
     place = find_text(data)
     manifest = read_prepared(place.where)
-    ledger = place.run / "stages" / "prepare.json" if place.run else None
-    shares = read_json(ledger).get("starting_shares") if ledger and ledger.exists() else None
+    shares = (stage_result(place.run, "prepare") or {}).get("starting_shares") if place.run else None
     recipe = load_recipe(place.run / RECIPE_FILE) if place.run else None
     found: dict[str, Any] = {"place": shown_place(place.where)}
     found |= {
@@ -190,11 +189,9 @@ def _asked(sequence: str) -> tuple[str, str, int]:
 
 def _verify(place: Place, manifest: Mapping[str, Any], progress: Callable[[int, int], None] | None) -> dict[str, int]:
     """Read every shard where it lies and compare its size and sha256; raise one `ArtifactError` for all that are wrong."""
-    import numpy as np
+    from shearling.data.tokens import SPLITS, row_bytes, shards_of
 
-    from shearling.data.tokens import SPLITS, shards_of
-
-    row = manifest["sequence_length"] * np.dtype(manifest["dtype"]).itemsize
+    row = row_bytes(manifest)
     shards = [shard for facts in manifest["domains"].values() for split in SPLITS for shard in shards_of(facts, split)]
     problems, total = [], 0
     for number, shard in enumerate(shards, start=1):
@@ -213,27 +210,23 @@ def _verify(place: Place, manifest: Mapping[str, Any], progress: Callable[[int, 
 
 def _difference(place: Place, file: str, size: int, sha256: str) -> str | None:
     """What is wrong with a shard as it lies there, if anything."""
-    if is_url(place.where):
-        remote = Remote(place.where)
+    from shearling.data.tokens import difference_of
 
-        def read() -> tuple[int, str]:
-            length, digest = 0, hashlib.sha256()
-            for block in remote.blocks(file):
-                length += len(block)
-                digest.update(block)
-            return length, digest.hexdigest()
+    if not is_url(place.where):
+        return difference_of(Path(place.where) / file, size, sha256, lambda path, _: sha256_file(path))
+    remote = Remote(place.where)
 
-        try:
-            length, digest = remote.patiently(file, read)
-        except ArtifactError as error:
-            return error.problems[0].found
-    else:
-        path = Path(place.where) / file
-        try:
-            length = path.stat().st_size
-            digest = sha256_file(path) if length == size else ""
-        except OSError as error:
-            return str(error.strerror)
+    def read() -> tuple[int, str]:
+        length, digest = 0, hashlib.sha256()
+        for block in remote.blocks(file):
+            length += len(block)
+            digest.update(block)
+        return length, digest.hexdigest()
+
+    try:
+        length, digest = remote.patiently(file, read)
+    except ArtifactError as error:
+        return error.problems[0].found
     if length != size:
         return f"{length} bytes where {size} are expected"
     return None if digest == sha256 else f"sha256 {digest} where {sha256} is expected"
@@ -241,10 +234,8 @@ def _difference(place: Place, file: str, size: int, sha256: str) -> str | None:
 
 def _decoded(place: Place, manifest: Mapping[str, Any], asked: tuple[str, str, int], tokenizer: str | None) -> dict[str, Any]:
     """One sequence as ids and as the text of each document in it; see `shearling.api.inspect_data`."""
-    import numpy as np
-
     from shearling.data.encode import tokenizer_fingerprint
-    from shearling.data.tokens import shards_of
+    from shearling.data.tokens import row_bytes, shards_of
 
     domain, split, number = asked
     if domain not in manifest["domains"]:
@@ -264,8 +255,7 @@ def _decoded(place: Place, manifest: Mapping[str, Any], asked: tuple[str, str, i
         raise ConfigError("another tokenizer than the text was prepared with", [Problem("--tokenizer", name, remedy)])
     if not is_url(place.where):  # a remote shard is checked when it is fetched
         shard = shards_of(facts, split)[number // manifest["shard_sequences"]]
-        row = manifest["sequence_length"] * np.dtype(manifest["dtype"]).itemsize
-        if wrong := _difference(place, shard.file, shard.sequences * row, shard.sha256):
+        if wrong := _difference(place, shard.file, shard.sequences * row_bytes(manifest), shard.sha256):
             raise ArtifactError(f"{place.where}: a shard is damaged", [Problem(shard.file, wrong, "Prepare it again.")])
     ids = [int(token) for token in open_text(place, manifest, verify=False).sequences(domain, split)[number]]
     ends = [at for at, token in enumerate(ids) if token == manifest["document_end"]]

@@ -112,3 +112,13 @@ def test_what_nobody_waits_for_is_not_begun() -> None:
     threading.Timer(0.1, release.set).start()
     items.close()
     assert set(begun) <= {0, 1, 2, 3} and len(begun) < 4
+
+
+@pytest.mark.parametrize("ahead", [lambda items: read_ahead(items, 2), lambda items: map_ahead(str, items, 2)])
+def test_what_cannot_be_begun_is_an_error_and_no_hang(ahead: Callable[[Any], Iterator[Any]]) -> None:
+    class Broken:
+        def __iter__(self) -> Iterator[int]:
+            raise ValueError("not today")
+
+    with pytest.raises(ValueError, match="not today"):
+        next(ahead(Broken()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import shearling
-from models import save_tiny_source
+from models import save_tiny_source, tiny_tokenizer
 from runs import contents, metrics, recipe_values, write_text
 from shearling import cli
 from shearling.data.tokens import open_tokens
-from shearling.errors import ConfigError
+from shearling.errors import ArtifactError, ConfigError
 from shearling.inputs import document_positions
 
 END = 1
@@ -111,12 +112,14 @@ def test_what_is_prepared_does_not_depend_on_it(run_of: Callable[[str], tuple[Pa
 
 
 def test_evaluate_does_as_the_run_did_or_as_it_is_told(
-    run_of: Callable[[str], tuple[Path, Calls]], capsys: pytest.CaptureFixture[str]
+    run_of: Callable[[str], tuple[Path, Calls]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (path, _), (other, _) = run_of("document"), run_of("sequence")
     final = json.loads((path / "report.json").read_text())["loss"]["final"]
     found = shearling.evaluate(path / "model", path, **EXACT)
     assert found["attend"] == "document" and found["loss"] == pytest.approx(final, rel=1e-5)
+    monkeypatch.setenv("HOME", str(path.parent))
+    assert shearling.evaluate(path / "model", f"~/{path.name}", **EXACT) == found
     crossing = shearling.evaluate(path / "model", path, attend="sequence", **EXACT)
     assert crossing["attend"] == "sequence" and abs(crossing["loss"]["mean"] - final["mean"]) > 1e-4
     assert shearling.evaluate(path / "model", path / "data", **EXACT) == shearling.evaluate(path / "model", other, **EXACT) == crossing
@@ -125,3 +128,19 @@ def test_evaluate_does_as_the_run_did_or_as_it_is_told(
     assert json.loads(capsys.readouterr().out) == found
     with pytest.raises(ConfigError, match=r"attend: found 'row'.*sequence or document"):
         shearling.evaluate(path / "model", path, attend="row", **EXACT)
+
+
+def test_evaluate_refuses_text_of_another_tokenizer(run_of: Callable[[str], tuple[Path, Calls]], tmp_path: Path) -> None:
+    """With a vocabulary of the same size; more rows in the embedding than the tokenizer has words do no harm."""
+    path, _ = run_of("sequence")
+    save_tiny_source(tmp_path / "larger", "llama", vocab=100)
+    tiny_tokenizer().save_pretrained(tmp_path / "larger")
+    assert shearling.evaluate(tmp_path / "larger", path, **EXACT)["loss"]["mean"] > 0
+    shutil.copytree(path / "model", tmp_path / "other")
+    file = tmp_path / "other" / "tokenizer.json"
+    file.write_text(file.read_text().replace('"w10"', '"x10"'))
+    with pytest.raises(ArtifactError, match="source: found a tokenizer with the fingerprint"):
+        shearling.evaluate(tmp_path / "other", path, **EXACT)
+    save_tiny_source(tmp_path / "smaller", "llama", vocab=90)
+    with pytest.raises(ArtifactError, match="a vocabulary of 90 where the text was prepared for 96"):
+        shearling.evaluate(tmp_path / "smaller", path, **EXACT)

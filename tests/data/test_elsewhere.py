@@ -16,11 +16,13 @@ from prepared import Served, rows_of_files, serving, write_prepared
 from shearling.config import parse
 from shearling.data import elsewhere
 from shearling.data import remote as remote_module
+from shearling.data import rows as rows_module
 from shearling.data.cache import SHARD
 from shearling.data.config import DataConfig
-from shearling.data.elsewhere import check_prepared, fetch_heldout, open_prepared, read_prepared, shown_place, too_small_for
+from shearling.data.elsewhere import check_prepared, fetch_heldout, open_prepared, read_prepared, too_small_for
 from shearling.data.loader import Loader
-from shearling.data.tokens import MANIFEST, fingerprint
+from shearling.data.remote import Remote, shown_place, shown_url
+from shearling.data.tokens import MANIFEST, SPLITS, fingerprint
 from shearling.errors import ArtifactError, ConfigError, StorageError
 
 SIZES = {"web": (50, 9), "code": (20, 4)}
@@ -111,6 +113,17 @@ def test_removed_shards_are_let_go_so_that_their_room_is_free(served: Served, tm
     mapped = [line for line in maps if str(tmp_path / "cache") in line]
     assert 1 <= len(mapped) <= 3 and sum("(deleted)" in line for line in mapped) <= 1
     assert np.array_equal(first, rows_of_files(served.folder, tokens.manifest, "web", "train")[0])
+
+
+def test_no_more_shards_are_mapped_than_may_be_over_all_splits(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each keeps a file open, and the system's bound is on all of them together."""
+    monkeypatch.setattr(rows_module, "_MOST_OPEN", 3)
+    tokens = open_prepared(served.url, read_prepared(served.url), tmp_path / "cache", 2**20)
+    for domain in tokens.domains:
+        for split in SPLITS:
+            assert np.array_equal(tokens.sequences(domain, split)[:], rows_of_files(served.folder, tokens.manifest, domain, split))
+            mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path / "cache") in line]
+            assert len(mapped) <= 3
 
 
 def test_a_shard_that_others_remove_before_it_is_mapped_is_asked_for_again(
@@ -217,8 +230,17 @@ def test_a_cache_that_is_too_small(served: Served, tmp_path: Path) -> None:
 
 
 def test_secrets_of_a_url_are_not_shown() -> None:
-    assert shown_place("https://me:word@host/data/?key=secret") == "https://host/data"
+    for user in ("me:word@", "word@", "me:w@rd@", ""):
+        assert shown_place(f"https://{user}host/data/?key=secret") == str(Remote(f"https://{user}host/data")) == "https://host/data"
+        assert shown_url(f"https://{user}host/a.jsonl?key=secret") == "https://host/a.jsonl"
+        assert shown_url(f"ftp://{user}host/a?.jsonl") == "ftp://host/a?.jsonl"  # which is a glob
     assert shown_place("/data?x") == "/data?x"
+
+
+@pytest.mark.parametrize("url", ["https://[host/data", "memory://[host/data"])
+def test_what_only_looks_like_a_url(url: str) -> None:
+    with pytest.raises(ConfigError, match="cannot be read"):
+        Remote(url)
 
 
 def test_a_folder_that_is_not_ours_to_write_is_read_all_the_same(served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

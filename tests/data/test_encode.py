@@ -15,6 +15,7 @@ from shearling.data.config import DataConfig
 from shearling.data.encode import Encoder, tokenizer_fingerprint
 from shearling.data.prepare import prepare
 from shearling.data.tokens import open_tokens
+from shearling.errors import DataError
 
 END = "<|endoftext|>"
 
@@ -95,3 +96,10 @@ def test_the_environment_decides_on_parallelism_and_stays(
         found.append([ids.tolist() for ids in Encoder(tokenizer, 100).encode(texts(30, seed=5))])
         assert os.environ.get("TOKENIZERS_PARALLELISM") == value
     assert found[0] == found[1] == found[2]
+
+
+def test_a_slow_tokenizer_is_refused(tokenizer: Any) -> None:
+    slow = type("Slow", (), {"is_fast": False})()
+    for use in (tokenizer_fingerprint, lambda found: Encoder(found, 100)):
+        with pytest.raises(DataError, match="fast tokenizer"):
+            use(slow)

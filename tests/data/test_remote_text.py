@@ -22,6 +22,7 @@ from shearling.data import files as files_module
 from shearling.data.config import DataConfig
 from shearling.data.files import DamagedFile, find_files
 from shearling.data.origins import Origin, find_origins
+from shearling.data.web import stream
 from shearling.errors import DataError
 
 TEXTS = [f"document {number} " + "ä" * (number % 400) for number in range(4000)]
@@ -259,6 +260,8 @@ class Server(ThreadingHTTPServer):
         self.ranges, self.sizes, self.status = True, True, 200
         self.requests: list[str] = []
         """Of each request the range that was asked for, or nothing."""
+        self.moved: dict[str, str] = {}
+        """Path -> where its file is now."""
         self.login = ""
         """What the header Authorization must be."""
         self.short: set[int] = set()
@@ -279,6 +282,11 @@ class Handler(BaseHTTPRequestHandler):
         asked = self.headers.get("Range", "")
         number = len(server.requests)
         server.requests.append(asked)
+        if self.path in server.moved:
+            self.send_response(302)
+            self.send_header("Location", server.moved[self.path])
+            self.end_headers()
+            return
         if server.login and self.headers.get("Authorization") != server.login:
             self.send_error(401)
             return
@@ -334,6 +342,17 @@ def test_parquet_of_a_web_server_is_read_in_parts(server: Server) -> None:
     assert "the server sends no parts of files; download the file" in str(caught.value)
 
 
+def test_a_part_that_breaks_off_is_asked_for_again(server: Server) -> None:
+    server.files["/a.parquet"] = parquet(TEXTS)
+    domain = origin(address(server, "/a.parquet"))
+    server.requests.clear()
+    assert list(domain.texts("train")) == TEXTS
+    parts = len(server.requests)
+    server.requests.clear()
+    server.short = {2}  # after requests for the headers alone, and for what is at the end
+    assert list(domain.texts("train")) == TEXTS and len(server.requests) == parts + 1
+
+
 def test_a_web_server_that_tells_no_size_is_read(server: Server) -> None:
     server.files["/a.jsonl.gz"] = gzip.compress(DATA)
     server.sizes = False
@@ -348,6 +367,16 @@ def test_user_and_password_of_a_url_are_sent(server: Server) -> None:
     assert list(origin(url).texts("train")) == ["text"]
     with pytest.raises(DataError, match="HTTP status 401"):
         origin(address(server, "/a.txt"))
+
+
+def test_user_and_password_are_not_sent_on_to_another_host(server: Server) -> None:
+    server.files["/a.txt"] = b"text"
+    server.moved = {"/here": "/a.txt", "/there": address(server, "/a.txt").replace("127.0.0.1", "localhost")}
+    server.login = "Basic dXNlcjp3b3Jk"
+    base = address(server, "").replace("http://", "http://user:word@")
+    assert b"".join(stream(f"{base}/here", 0, 10)) == b"text"
+    with pytest.raises(PermissionError, match="401"):
+        list(stream(f"{base}/there", 0, 10))
 
 
 def test_what_a_web_server_refuses_is_named_without_secrets(server: Server) -> None:

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shearling.data import tokens as tokens_module
-from shearling.data.tokens import Maps, Rows, Shard, shard_rows
+from shearling.data import rows as rows_module
+from shearling.data.rows import Maps, Rows, Shard
+from shearling.data.tokens import shard_rows
 from shearling.errors import ArtifactError, StorageError
 
 T = 3
@@ -130,7 +131,7 @@ def test_a_shard_that_went_away_is_named(tmp_path: Path, damage: Callable[[Path]
 
 def test_no_more_files_are_open_than_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two splits share the bound; rows that were given out stay as they are."""
-    monkeypatch.setattr(tokens_module, "_MOST_OPEN", 5)
+    monkeypatch.setattr(rows_module, "_MOST_OPEN", 5)
     whole, shards = written(tmp_path, 60, 2)
     maps = Maps()
     one, other = (rows_in(tmp_path, shards, maps=maps) for _ in range(2))
@@ -144,7 +145,7 @@ def test_no_more_files_are_open_than_may_be(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_many_threads_read_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens_module, "_MOST_OPEN", 3)
+    monkeypatch.setattr(rows_module, "_MOST_OPEN", 3)
     whole, shards = written(tmp_path, 200, 8)
     rows = rows_in(tmp_path, shards)
     start = threading.Barrier(4)

@@ -20,10 +20,9 @@ def read_ahead(items: Iterable[Item], depth: int) -> Generator[Item, None, None]
     is closed, if it is a generator, and the thread ends; it is not waited for, as it may hang on a network.
     """
     ready: SimpleQueue[tuple[Any, BaseException | None]] = SimpleQueue()
-    room, closed = threading.Semaphore(depth), threading.Event()
+    room, closed, source = threading.Semaphore(depth), threading.Event(), iter(items)
 
     def work() -> None:
-        source = iter(items)
         try:
             while True:
                 room.acquire()

@@ -1,5 +1,7 @@
 """Shards of prepared text that lies elsewhere, kept on this machine's disk: fetched once, checked at every open, within a limit.
 
+Checked means: its bytes were hashed, by this process or another of the machine, since inode, time and size of the file last changed.
+
     FOLDER/shards/SHA256/rows.bin     a shard, whole; the name is that of its content, so no name of a manifest becomes a path
     FOLDER/shards/SHA256/.tmp-...     a shard on its way, as large as it will be
     FOLDER/shards/SHA256.lock         held by who fetches, checks or removes it

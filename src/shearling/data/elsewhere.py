@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ import numpy as np
 from shearling.data.cache import ShardCache
 from shearling.data.config import DataConfig
 from shearling.data.encode import tokenizer_fingerprint
-from shearling.data.remote import Remote, is_url
-from shearling.data.tokens import MANIFEST, SPLITS, Ids, Rows, Shard, TokenSet, check_manifest, open_tokens, read_manifest, shards_of
+from shearling.data.remote import Remote, is_url, shown_place
+from shearling.data.rows import Ids, Locate, Maps, Rows, Shard
+from shearling.data.tokens import MANIFEST, SPLITS, TokenSet, check_manifest, open_tokens, read_manifest, row_bytes, rows_of
 from shearling.errors import ArtifactError, ConfigError, Problem, StorageError
 from shearling.io.files import JSON_LIMIT, parse_json
 
@@ -57,16 +58,11 @@ def check_prepared(manifest: Mapping[str, Any], config: DataConfig, tokenizer: A
         vocab_size: rows of the source's embedding.
     """
     problems = []
-    length, vocab = manifest["sequence_length"], manifest["vocab_size"]
+    length = manifest["sequence_length"]
     if config.sequence_length != length:
         remedy = f"Set it to {length}, or give text that was prepared with {config.sequence_length}."
         problems.append(Problem("data.sequence_length", f"{config.sequence_length} where the prepared text has {length}", remedy))
-    if (found := tokenizer_fingerprint(tokenizer)) != manifest["tokenizer"]:
-        shown = f"a tokenizer with the fingerprint {found[:16]} where the text was prepared with {manifest['tokenizer'][:16]}"
-        problems.append(Problem("source", shown, "Give text that was prepared with the tokenizer of this source."))
-    if vocab > vocab_size:
-        shown = f"a vocabulary of {vocab_size} where the text was prepared for {vocab}"
-        problems.append(Problem("source", shown, "Give text that was prepared for this source."))
+    problems += model_problems(manifest, tokenizer, vocab_size)
     if config.domains:
         known = ", ".join(manifest["domains"])
         for name in config.domains:
@@ -79,6 +75,18 @@ def check_prepared(manifest: Mapping[str, Any], config: DataConfig, tokenizer: A
                 problems.append(Problem(f"data.domains.{name}", "nothing, though the prepared text has this domain", remedy))
     if problems:
         raise ConfigError(f"{shown_place(str(config.prepared))}: this prepared text and the recipe do not go together", problems)
+
+
+def model_problems(manifest: Mapping[str, Any], tokenizer: Any, vocab_size: int) -> list[Problem]:
+    """Why a model with this tokenizer and so many rows in its embedding cannot be given prepared text."""
+    problems, vocab = [], manifest["vocab_size"]
+    if (found := tokenizer_fingerprint(tokenizer)) != manifest["tokenizer"]:
+        shown = f"a tokenizer with the fingerprint {found[:16]} where the text was prepared with {manifest['tokenizer'][:16]}"
+        problems.append(Problem("source", shown, "Give text that was prepared with the tokenizer of this source."))
+    if vocab > vocab_size:
+        shown = f"a vocabulary of {vocab_size} where the text was prepared for {vocab}"
+        problems.append(Problem("source", shown, "Give text that was prepared for this source."))
+    return problems
 
 
 def open_prepared(where: str, manifest: Mapping[str, Any], cache: str | Path, limit_bytes: int, *, verify: bool = True) -> TokenSet:
@@ -97,18 +105,16 @@ def open_prepared(where: str, manifest: Mapping[str, Any], cache: str | Path, li
     """
     if not is_url(where):
         return open_tokens(where, verify=verify)
-    shelf = _Shelf()
-    store = ShardCache(where, cache, limit_bytes, shelf.tidy)
-    shelf.touch = store.touch
-    row = manifest["sequence_length"] * np.dtype(manifest["dtype"]).itemsize
-    arrays: dict[tuple[str, str], Rows] = {}
-    for domain, facts in manifest["domains"].items():
-        for split in SPLITS:
-            shards = shards_of(facts, split)
-            store.check_size(shards[0].file, shards[0].sequences * row)
-            rows = CachedRows(shards, manifest["sequence_length"], np.dtype(manifest["dtype"]), store)
-            shelf.rows.append(rows)
-            arrays[domain, split] = rows
+    row = row_bytes(manifest)
+
+    def tidy() -> None:
+        for rows in arrays.values():
+            rows.tidy(store.touch)
+
+    store = ShardCache(where, cache, limit_bytes, tidy)
+    arrays = rows_of(manifest, lambda shard: store.path(shard.file, shard.sequences * row, shard.sha256), CachedRows)
+    for rows in arrays.values():
+        store.check_size(rows.shards[0].file, rows.shards[0].sequences * row)
     return TokenSet(store.folder, manifest, arrays)
 
 
@@ -130,8 +136,7 @@ def fetch_heldout(tokens: TokenSet, progress: Callable[[int, int], None] | None 
 
 def too_small_for(manifest: Mapping[str, Any], limit_bytes: int) -> str | None:
     """A sentence for the user where a cache of `limit_bytes` cannot hold all shards of a remote set; None where it can."""
-    row = manifest["sequence_length"] * np.dtype(manifest["dtype"]).itemsize
-    size = row * sum(facts[f"{split}_sequences"] for facts in manifest["domains"].values() for split in SPLITS)
+    size = row_bytes(manifest) * sum(facts[f"{split}_sequences"] for facts in manifest["domains"].values() for split in SPLITS)
     if size <= limit_bytes:
         return None
     return (
@@ -140,46 +145,29 @@ def too_small_for(manifest: Mapping[str, Any], limit_bytes: int) -> str | None:
     )
 
 
-def shown_place(where: str) -> str:
-    """A folder or URL for people to read: of a URL without user and query, which may hold secrets."""
-    return str(Remote(where)) if is_url(where) else where
-
-
 class CachedRows(Rows):
     """Rows whose shards are fetched when a row of them is first asked for, and may be removed from the cache at any time.
 
     A shard that is mapped stays readable when it is removed; it is let go when this process next has one fetched, so that its room
-    on the disk is free, and fetched again if a row of it is asked for.
-
-    Args:
-        shards, sequence_length, dtype: as of `Rows`.
-        cache: where they come from.
+    on the disk is free, and fetched again if a row of it is asked for. Arguments as of `Rows`.
     """
 
-    def __init__(self, shards: list[Shard], sequence_length: int, dtype: np.dtype[Any], cache: ShardCache) -> None:
-        row = sequence_length * dtype.itemsize
-        super().__init__(shards, sequence_length, dtype, lambda shard: cache.path(shard.file, shard.sequences * row, shard.sha256))
+    def __init__(self, shards: Sequence[Shard], sequence_length: int, dtype: np.dtype[Any], locate: Locate, maps: Maps) -> None:
+        super().__init__(shards, sequence_length, dtype, locate, maps)
         self._inodes: dict[int, tuple[Path, int]] = {}
 
-    def _map(self, number: int) -> Ids:
-        found = self._open.get(number)
-        if found is not None:
-            return found
+    def _load(self, number: int) -> Ids:
         shard = self.shards[number]
         for _ in range(_TRIES):
             file = self._locate(shard)
             try:
                 with open(file, "rb") as opened:
-                    mapped = np.memmap(opened, self.dtype, "r", shape=(shard.sequences, self.shape[1])).view(np.ndarray)
-                    inode = os.fstat(opened.fileno()).st_ino
+                    mapped, inode = self._mapped(number, opened), os.fstat(opened.fileno()).st_ino
             except FileNotFoundError:  # another process made room with it just now
                 continue
             except (OSError, ValueError) as error:
-                raise ArtifactError(
-                    f"{file}: cannot be mapped", [Problem(shard.file, str(error), "Delete it; it is fetched again.")]
-                ) from None
+                raise self._unmappable(number, file, error, "Delete it; it is fetched again.") from None
             self._open[number], self._inodes[number] = mapped, (file, inode)
-            self._maps.opened(self._open, number)
             return mapped
         remedy = "raise data.cache_gib, or give the runs caches of their own"
         raise StorageError(f"{shard.file}: other processes remove it from the cache as soon as it is fetched; {remedy}")
@@ -196,15 +184,3 @@ class CachedRows(Rows):
             else:
                 self._open.pop(number, None)  # who reads it at this moment holds it
                 self._inodes.pop(number, None)
-
-
-class _Shelf:
-    """All rows of a token set, seen to before one of their shards is fetched."""
-
-    def __init__(self) -> None:
-        self.rows: list[CachedRows] = []
-        self.touch: Callable[[str], None] = lambda _: None
-
-    def tidy(self) -> None:
-        for rows in self.rows:
-            rows.tidy(self.touch)

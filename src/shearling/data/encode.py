@@ -19,12 +19,20 @@ _OTHER_MODEL = "The tokenizer belongs to another model; use the model's own."
 def tokenizer_fingerprint(tokenizer: Any) -> str:
     """Sha256 over all that decides which ids a text gets: the serialised backend, the length, the BOS and EOS ids.
 
-    Padding and truncation are left out: they are settings of the last call, and change under a tokenizer that is in use.
+    Padding and truncation are left out: they are settings of the last call, and change under a tokenizer that is in use. Raises
+    `DataError` where the tokenizer is not a fast one.
     """
+    _refuse_slow(tokenizer)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     facts = {key: value for key, value in backend.items() if key not in ("padding", "truncation")}
     text = json.dumps([facts, len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id], ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _refuse_slow(tokenizer: Any) -> None:
+    if not getattr(tokenizer, "is_fast", False):
+        remedy = "A fast tokenizer (tokenizer.json) is needed; convert it, or use the model's own."
+        raise DataError(_HEADLINE, [Problem("tokenizer", type(tokenizer).__name__, remedy)])
 
 
 class Encoder:
@@ -45,9 +53,7 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            remedy = "A fast tokenizer (tokenizer.json) is needed; convert it, or use the model's own."
-            raise DataError(_HEADLINE, [Problem("tokenizer", type(tokenizer).__name__, remedy)])
+        _refuse_slow(tokenizer)
         problems = []
         if len(tokenizer) > vocab_size:
             problems.append(Problem("tokenizer", f"{len(tokenizer)} tokens where the model has {vocab_size}", _OTHER_MODEL))

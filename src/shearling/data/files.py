@@ -1,6 +1,7 @@
 """Text files, local or behind any fsspec URL: which ones a path names, and their bytes, decompressed, a block at a time.
 
-A file behind a URL is opened anew where the connection breaks. A file that is not what it was when it was found is an error.
+A file behind a URL is opened anew where the connection breaks (one that is read at any place, as Parquet is, asks for the part again on
+web servers; other file systems of fsspec do so themselves). A file that is not what it was when it was found is an error.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 import zstandard
 
 from shearling.data import web
-from shearling.data.remote import is_url
+from shearling.data.remote import file_system, is_url, shown_url, told
 from shearling.errors import DataError, Problem
 
 LINES = (".jsonl", ".json")
@@ -77,12 +78,6 @@ class TextFile:
     def __lt__(self, other: TextFile) -> bool:
         """By folders and name, whatever the folders' separators are among other characters."""
         return self.path.split("/") < other.path.split("/")
-
-
-def shown_url(url: str) -> str:
-    """A URL without password, and one of a web server without its query."""
-    url = re.sub(r"//[^/@]*:[^/@]*@", "//", url, count=1)
-    return re.split("[?#]", url, maxsplit=1)[0] if web.is_web(url) else url
 
 
 def find_files(paths: Sequence[str], field: str) -> tuple[list[TextFile], list[Problem]]:
@@ -192,38 +187,6 @@ def _mark(info: dict[str, Any]) -> str | None:
     return next((str(info[key]) for key in _MARKS if info.get(key)), None)
 
 
-def told(error: BaseException, path: str = "") -> str:
-    """An error of a library, in one line, about a file whose URL may hold secrets."""
-    text = f"{type(error).__name__}: {error}"
-    if is_url(path):
-        for secret in (path, path.partition("?")[2]):
-            text = text.replace(secret, shown_url(path)) if secret else text
-    return " ".join(text.split())[:300]
-
-
-def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL and the path in it. (Plain files of web servers are read by `web`, without it.)
-
-    Raises:
-        DataError: no such kind of URL is known, or the package that reads it is not installed, which is named.
-    """
-    import fsspec  # type: ignore[import-untyped]
-
-    shown, scheme = shown_url(url), url.partition("://")[0]
-    if "::" in url:
-        raise DataError(f"{shown}: cannot be read", [Problem("path", shown, "Chained URLs and archives are not read; unpack the files.")])
-    try:
-        system, path = fsspec.core.url_to_fs(url)
-        return system, str(path)
-    except ImportError as error:
-        package = getattr(error.__cause__ or error, "name", None)
-        remedy = f"{scheme}:// needs a package that is not installed: pip install {package}" if package else f"{error}."
-        raise DataError(f"{shown}: {scheme}:// cannot be read", [Problem("path", shown, remedy)]) from None
-    except Exception as error:  # what a file system raises on a URL that it cannot take
-        remedy = f"This address cannot be read ({told(error, url)}); give a local path or a URL that fsspec knows."
-        raise DataError(f"{shown}: {scheme}:// cannot be read", [Problem("path", shown, remedy)]) from None
-
-
 def blocks(file: TextFile, count: Count) -> Iterator[bytes]:
     """The bytes of a file, decompressed, a block at a time; `count` is told of the bytes as they lie, compressed, when they are read.
 
@@ -288,7 +251,7 @@ def open_seekable(file: TextFile) -> Any:
         _check(file, web.info(file.path))
         if file.size is None:
             raise OSError("the server does not tell its size; download the file")
-        return io.BufferedReader(web.WebFile(file.path, file.size), _REMOTE_BLOCK)
+        return io.BufferedReader(web.WebFile(file.path, file.size, RETRY_WAITS), _REMOTE_BLOCK)
     except DataError:
         raise
     except Exception as error:  # whatever the library of the file system raises

@@ -13,13 +13,14 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shearling.data import draw as drawing
 from shearling.data.order import Order
+from shearling.data.rows import Rows
 from shearling.data.tokens import TokenSet
 
 _PLANNED = 1024
@@ -207,7 +208,7 @@ class Loader:
             self._process, self._pool, self._ahead = os.getpid(), None, {}
 
     @staticmethod
-    def _read(texts: Sequence[Any], plans: Sequence[_Plan], rows_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _read(texts: Sequence[Rows], plans: Sequence[_Plan], rows_N: NDArray[np.int64]) -> NDArray[np.int64]:
         """The ids [plans, N, T]. Takes no loader, so that one that is let go ends while a thread reads for it."""
         rows = rows_N.tolist()
         found = [texts[domain][sample] for plan in plans for domain, sample in [plan.places[row] for row in rows]]

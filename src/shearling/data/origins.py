@@ -81,14 +81,12 @@ class Origin:
 
     def texts(self, split: str, skip: int = 0) -> Reading:
         """Every document of a split, as it stands, from raw record `skip` on. Nothing is opened before the first is asked for."""
-        source = self.train if split == "train" else self.heldout or Source(())
         where = {name: frozenset(map(Fields.key, values)) for name, values in self.domain.where.items()}
-        return source.read(Fields(self.domain.text_field, where), skip, self.bad_documents)
+        return self._source(split).read(Fields(self.domain.text_field, where), skip, self.bad_documents)
 
     def size(self, split: str = "train") -> int | None:
         """Bytes of a split as they lie; None where that is not known."""
-        source = self.train if split == "train" else self.heldout or Source(())
-        return source.size()
+        return self._source(split).size()
 
     def settings(self) -> dict[str, Any]:
         """What decides the text: of files the names and sizes, and the marks that servers give them.
@@ -99,7 +97,10 @@ class Origin:
         facts: dict[str, Any] = self.domain.model_dump(include=names)
         if self.train.files and self.domain.dataset is not None:
             facts["dataset"] = "a folder"  # known by its files
-        return facts | {"train_files": self.train.settings(), "heldout_files": (self.heldout or Source(())).settings()}
+        return facts | {"train_files": self.train.settings(), "heldout_files": self._source("heldout").settings()}
+
+    def _source(self, split: str) -> Source:
+        return self.train if split == "train" else self.heldout or Source(())
 
 
 @dataclass(frozen=True)

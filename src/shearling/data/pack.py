@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 from shearling.data.ahead import map_ahead, read_ahead
@@ -17,8 +18,9 @@ from shearling.data.files import DamagedFile
 from shearling.data.ledger import Ledger
 from shearling.data.origins import Origin, Survey, distinct
 from shearling.data.readings import PLACES, Reading
+from shearling.data.rows import Ids
 from shearling.data.shards import ShardWriter
-from shearling.data.tokens import SPLITS, Ids, dtype_for
+from shearling.data.tokens import SPLITS, dtype_for
 from shearling.errors import DataError, Problem
 
 LEAST_PART, LARGEST_PART = 0.02, 0.1
@@ -82,7 +84,7 @@ def pack_domain(
 
     def run(sides: Callable[[bytes], Side], quota: int = 0) -> dict[str, Any]:
         with ledger, ExitStack() as stack:
-            packing = _begun(origin, config, encoder, ledger, quota, shard_sequences, tell, stack)
+            packing = _begun(partial(_Packing, origin, config, encoder, ledger, quota, shard_sequences, tell), ledger, quota, stack)
             try:
                 if origin.heldout and not packing.resumed:
                     packing.take("heldout", (), lambda _: "heldout", ("heldout",))
@@ -152,29 +154,20 @@ class _Document(NamedTuple):
     point: _Point
 
 
-def _begun(
-    origin: Origin,
-    config: DataConfig,
-    encoder: Encoder,
-    ledger: Ledger,
-    quota: int,
-    shard_sequences: int,
-    tell: Tell | None,
-    stack: ExitStack,
-) -> _Packing:
-    """A packing that goes on from the ledger, where that is sound, or else begins."""
+def _begun(begin: Callable[[ExitStack, dict[str, Any] | None], _Packing], ledger: Ledger, quota: int, stack: ExitStack) -> _Packing:
+    """A packing that goes on from the ledger, where that is sound, or else begins; `begin`: makes one from what a ledger holds."""
     state = None if quota else ledger.read()
     if state is not None:
         with ExitStack() as attempt:
             try:
-                packing = _Packing(origin, config, encoder, ledger, quota, shard_sequences, tell, attempt, state)
+                packing = begin(attempt, state)
             except (OSError, ValueError):
                 pass  # what is recorded is not what lies there
             else:
                 stack.push(attempt.pop_all())
                 return packing
     ledger.discard()
-    return _Packing(origin, config, encoder, ledger, quota, shard_sequences, tell, stack, None)
+    return begin(stack, None)
 
 
 class _Packing:

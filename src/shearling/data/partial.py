@@ -50,12 +50,12 @@ class Partial:
         kept = self._finished_before()
         if kept:
             self.finish(kept)
-        self._drop_unfinished()
+        self.drop_unfinished()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self.path.is_dir():  # it was not published
-            self._drop_unfinished()
+            self.drop_unfinished()
             if not any(self.path.iterdir()):
                 self.path.rmdir()
 
@@ -72,10 +72,6 @@ class Partial:
     def ledger(self, domain: str) -> Ledger:
         """The ledger of a domain that is begun or to begin."""
         return Ledger(self.path, domain, self._head["fingerprint"])
-
-    def complete(self) -> None:
-        """All domains are finished: drop what is none of the token set."""
-        self._drop_unfinished()
 
     def take_over(self, folder: Path, domains: Mapping[str, Any]) -> None:
         """Enter domains whose shards lie undamaged in `folder`; their bytes are shared with it where the file system can do that."""
@@ -103,7 +99,8 @@ class Partial:
         damaged = {domain for domain, _ in shard_problems(self.path, manifest, lambda file, _: sha256_file(file))}
         return {name: facts for name, facts in manifest["domains"].items() if name not in damaged}
 
-    def _drop_unfinished(self) -> None:
+    def drop_unfinished(self) -> None:
+        """Drop what is part of no domain that is finished or begun; once all are finished, what is none of the token set."""
         kept = {MANIFEST} if self.domains else set()
         for facts in self.domains.values():
             kept |= {shard.file for split in SPLITS for shard in shards_of(facts, split)}

@@ -150,7 +150,7 @@ def _complete(partial: Partial, config: DataConfig, encoder: Encoder, origins: l
         facts = pack_domain(origin, whole, config, encoder, ledger, seed, partial.manifest["shard_sequences"], progress)
         partial.finish({origin.name: facts})
         ledger.discard()
-    partial.complete()
+    partial.drop_unfinished()
 
 
 def _check_promises(there: Mapping[str, Any], partial: Partial, out: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from shearling.data.tokens import Ids, shard_name
+from shearling.data.rows import Ids
+from shearling.data.tokens import shard_name
 
 _CHUNK = 2**20
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from shearling.data.documents import Cursor, Fields
-from shearling.data.files import DamagedFile, TextFile, check_size, open_seekable, told, unreadable
+from shearling.data.files import DamagedFile, TextFile, check_size, open_seekable, unreadable
+from shearling.data.remote import told
 from shearling.errors import ArtifactError, DataError, Problem, ShearlingError
 from shearling.io.files import read_json, safe_join
 
@@ -50,10 +51,24 @@ def _rows(batch: Any, first: int, passed: int, cursor: Cursor, names: list[str])
 
 
 @dataclass(frozen=True)
-class ParquetPart:
-    """A Parquet file, local or behind a URL; see `documents.Part`."""
+class _TableFile:
+    """A file whose records are rows; see `documents.Part`."""
 
     file: TextFile
+
+    def place(self, number: int) -> str:
+        """See `documents.Part`."""
+        return f"{self.file.shown}: row {number}"
+
+    def row(self, raw: _Row, number: int) -> Mapping[str, Any] | None:
+        """See `documents.Part`."""
+        return raw
+
+
+@dataclass(frozen=True)
+class ParquetPart(_TableFile):
+    """A Parquet file, local or behind a URL; see `documents.Part`."""
+
     fields: Fields
 
     def raw(self, cursor: Cursor) -> Iterator[tuple[_Row, int]]:
@@ -77,32 +92,20 @@ class ParquetPart:
                         yield from _rows(batch, number, cursor.pass_over(batch.num_rows), cursor, names)
                         number += batch.num_rows
                         cursor.bytes_read = before + (self.file.size or 0) * (number - 1) // max(1, total)
+            except ShearlingError:
+                raise
             except (pa.ArrowException, UnicodeDecodeError, ValueError) as error:
-                if isinstance(error, ShearlingError):
-                    raise
                 headline = f"{self.file.shown}: cannot be read{_after(number)}"
                 problem = Problem("file", told(error, self.file.path), "The file is damaged or no parquet file; get it again.")
                 raise DamagedFile(headline, [problem]) from error
             except Exception as error:  # whatever the library of a file system raises
-                if isinstance(error, ShearlingError):
-                    raise
                 raise unreadable(self.file, error) from error
         cursor.bytes_read = before + (self.file.size or 0)
 
-    def place(self, number: int) -> str:
-        """See `documents.Part`."""
-        return f"{self.file.shown}: row {number}"
-
-    def row(self, raw: _Row, number: int) -> Mapping[str, Any] | None:
-        """See `documents.Part`."""
-        return raw
-
 
 @dataclass(frozen=True)
-class ArrowPart:
+class ArrowPart(_TableFile):
     """A file of a dataset that `save_to_disk` wrote, in Arrow's stream format; see `documents.Part`."""
-
-    file: TextFile
 
     def raw(self, cursor: Cursor) -> Iterator[tuple[_Row, int]]:
         """The rows, mapped into memory."""
@@ -121,20 +124,12 @@ class ArrowPart:
                         yield from _rows(batch, number, cursor.pass_over(batch.num_rows), cursor, names)
                         number += batch.num_rows
                         cursor.bytes_read = before + mapped.tell()
+        except ShearlingError:
+            raise
         except (pa.ArrowException, EOFError, OSError, ValueError) as error:
-            if isinstance(error, ShearlingError):
-                raise
             headline = f"{self.file.shown}: cannot be read{_after(number)}"
             raise DamagedFile(headline, [Problem("file", told(error), "The file is damaged; save the dataset again.")]) from error
         cursor.bytes_read = before + (self.file.size or 0)
-
-    def place(self, number: int) -> str:
-        """See `documents.Part`."""
-        return f"{self.file.shown}: row {number}"
-
-    def row(self, raw: _Row, number: int) -> Mapping[str, Any] | None:
-        """See `documents.Part`."""
-        return raw
 
 
 @dataclass(frozen=True)

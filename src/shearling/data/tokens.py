@@ -1,28 +1,23 @@
 """Prepared text on disk: per domain and split a list of shards of token rows, and a manifest that says what they are.
 
-A shard is a raw little-endian array of ids [rows, T], row after row, without a header: `DOMAIN.train.00000.bin`. All shards of a split
-but the last have the same number of rows, so that a row is found by a division.
+A shard, `DOMAIN.train.00000.bin`, is as `shearling.data.rows` has it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import operator
 import re
-import resource
-import threading
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shearling.data.config import domain_name_problem
+from shearling.data.rows import REBUILD, Locate, Maps, Rows, Shard
 from shearling.data.verified import Verified
 from shearling.errors import ArtifactError, Problem
 from shearling.io.files import read_json
@@ -31,14 +26,11 @@ FORMAT = 2
 """Version of the layout; raised when older readers would misread it."""
 MANIFEST = "manifest.json"
 SPLITS = ("train", "heldout")
+R = TypeVar("R", bound=Rows)
 SHARD_TOKENS = 2**26
 """Tokens in a full shard, at most."""
-_MOST_OPEN = 2**14
-"""Shards that a token set keeps mapped at once, at most; the system allows about four times as many maps."""
 _AGAIN = "The directory is damaged: delete it and prepare the data again."
-_REBUILD = "Run `shearling prepare` with the same recipe and --out to rebuild this shard."
 _COMPLETE = "Run `shearling prepare` with the same recipe and --out to complete it."
-Ids = NDArray[Any]
 
 
 def shard_name(domain: str, split: str, number: int) -> str:
@@ -54,137 +46,6 @@ def shard_rows(sequence_length: int, shard_tokens: int = SHARD_TOKENS) -> int:
 def dtype_for(vocab_size: int) -> np.dtype[Any]:
     """The type of the ids on disk: uint16 while every id fits, else uint32; little-endian."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of a split, as the manifest names it."""
-
-    file: str
-    """Its name in the directory; made by `shard_name`, never by who wrote the manifest."""
-    sequences: int
-    """Rows in it, at least 1."""
-    sha256: str
-    """Of its bytes, 64 hex digits."""
-
-
-Locate = Callable[[Shard], Path]
-"""Where the local file of a shard lies; it may have to be fetched first."""
-
-
-class Rows:
-    """The rows [n, T] of a split, over all of its shards; they can be read and not written.
-
-    A shard is located and mapped when a row of it is first asked for. Many threads may read at once.
-
-    Args:
-        shards: at least one; all but the last with equally many rows, the last with no more.
-        sequence_length: T.
-        dtype: of the ids on disk.
-        locate: gives the file of a shard; what it raises is passed on.
-        maps: counts the shards that are mapped, together with other splits of the set; left out, these alone.
-    """
-
-    def __init__(
-        self, shards: Sequence[Shard], sequence_length: int, dtype: np.dtype[Any], locate: Locate, maps: Maps | None = None
-    ) -> None:
-        self.shards = tuple(shards)
-        self.shape = (sum(shard.sequences for shard in shards), sequence_length)
-        self.dtype = dtype
-        self._each = self.shards[0].sequences
-        self._locate, self._maps = locate, maps or Maps()
-        self._open: dict[int, Ids] = {}
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    @property
-    def ndim(self) -> int:
-        """2."""
-        return 2
-
-    def __getitem__(self, index: Any) -> Ids:
-        """Rows by an int, a slice or an array of ints, [T] or [.., T]; after a comma, ints and slices choose among the T tokens.
-
-        A new array, or a view of the file that cannot be written to. Raises `IndexError` as numpy does, and `ArtifactError` where a
-        shard cannot be mapped.
-        """
-        if isinstance(index, tuple):
-            rows, *rest = index
-            found = self[rows]
-            return found[(*[slice(None)] * (found.ndim - 1), *rest)]
-        if isinstance(index, slice):
-            chosen = range(len(self))[index]
-            return self._span(chosen.start, chosen.stop) if chosen.step == 1 else self._gather(np.array(chosen, dtype=np.int64))
-        if isinstance(index, np.ndarray | list):
-            return self._gather(np.asarray(index))
-        number = operator.index(index)
-        if not -len(self) <= number < len(self):
-            raise IndexError(f"row {number} of {len(self)}")
-        shard, row = divmod(number % len(self), self._each)
-        return np.asarray(self._map(shard)[row])
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Ids:
-        """All rows, in memory where they do not lie in one shard."""
-        rows = self[:]
-        return np.array(rows, dtype=dtype) if copy else np.asarray(rows, dtype=dtype)
-
-    def _span(self, start: int, stop: int) -> Ids:
-        parts = []
-        while start < stop:
-            shard, row = divmod(start, self._each)
-            parts.append(self._map(shard)[row : row + stop - start])
-            start += len(parts[-1])
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.empty((0, self.shape[1]), self.dtype)
-
-    def _gather(self, rows: Ids) -> Ids:
-        if rows.size and rows.dtype.kind not in "iu":
-            raise IndexError(f"rows are chosen by whole numbers, not by {rows.dtype}")
-        if rows.size and not (-len(self) <= rows.min() and rows.max() < len(self)):
-            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)}")
-        rows = rows.astype(np.int64, copy=False)
-        if len(self.shards) == 1:
-            return self._map(0)[rows]
-        found = np.empty((*rows.shape, self.shape[1]), self.dtype)
-        flat = found.reshape(-1, self.shape[1])
-        shards, places = np.divmod(rows.reshape(-1) % len(self), self._each)
-        for number, (shard, place) in enumerate(zip(shards.tolist(), places.tolist(), strict=True)):
-            flat[number] = self._map(shard)[place]
-        return found
-
-    def _map(self, number: int) -> Ids:
-        """The ids [rows, T] of a shard."""
-        found = self._open.get(number)
-        if found is None:
-            shard = self.shards[number]
-            file = self._locate(shard)
-            try:
-                found = np.memmap(file, self.dtype, "r", shape=(shard.sequences, self.shape[1])).view(np.ndarray)
-            except (OSError, ValueError) as error:  # ValueError: the file is too short
-                raise ArtifactError(f"{file}: cannot be mapped", [Problem(shard.file, str(error), _REBUILD)]) from None
-            self._open[number] = found
-            self._maps.opened(self._open, number)
-        return found
-
-
-class Maps:
-    """Keeps the number of mapped shards below what the system allows: each holds a file open. The oldest are let go first."""
-
-    def __init__(self) -> None:
-        files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        self._most = _MOST_OPEN if files == resource.RLIM_INFINITY else max(1, min(files // 2, _MOST_OPEN))
-        self._order: deque[tuple[dict[int, Ids], int]] = deque()
-        self._lock = threading.Lock()
-
-    def opened(self, maps: dict[int, Ids], number: int) -> None:
-        """`maps[number]` was just mapped."""
-        with self._lock:
-            self._order.append((maps, number))
-            if len(self._order) > self._most:
-                oldest, key = self._order.popleft()
-                oldest.pop(key, None)  # who reads it at this moment holds it
 
 
 @dataclass(frozen=True)
@@ -237,17 +98,22 @@ def open_tokens(path: str | Path, *, verify: bool = True) -> TokenSet:
     if problems:
         headline = f"{path}: {len(problems)} shard{'s' * (len(problems) > 1)} cannot be used"
         raise ArtifactError(headline, list(problems.values()))
-    return TokenSet(path, manifest, rows_of(manifest, lambda shard: path / shard.file))
+    return TokenSet(path, manifest, rows_of(manifest, lambda shard: path / shard.file, Rows))
 
 
-def rows_of(manifest: Mapping[str, Any], locate: Locate) -> dict[tuple[str, str], Rows]:
-    """(domain, split) -> its rows, of a manifest that is known to be sound; no shard is located yet."""
+def rows_of(manifest: Mapping[str, Any], locate: Locate, kind: type[R]) -> dict[tuple[str, str], R]:
+    """(domain, split) -> its rows, of a manifest that is known to be sound; no shard is located yet. `kind`: `Rows`, or a kind of it."""
     dtype, length, maps = np.dtype(manifest["dtype"]), manifest["sequence_length"], Maps()
     return {
-        (domain, split): Rows(shards_of(facts, split), length, dtype, locate, maps)
+        (domain, split): kind(shards_of(facts, split), length, dtype, locate, maps)
         for domain, facts in manifest["domains"].items()
         for split in SPLITS
     }
+
+
+def row_bytes(manifest: Mapping[str, Any]) -> int:
+    """Bytes of a row on disk."""
+    return int(manifest["sequence_length"] * np.dtype(manifest["dtype"]).itemsize)
 
 
 def shards_of(facts: Mapping[str, Any], split: str) -> list[Shard]:
@@ -289,7 +155,7 @@ def shard_problems(path: Path, manifest: Mapping[str, Any], sha256: Callable[[Pa
         sha256: (file, expected digest) -> its digest; None to compare sizes only.
     """
     problems: dict[tuple[str, str], Problem] = {}
-    row = manifest["sequence_length"] * np.dtype(manifest["dtype"]).itemsize
+    row = row_bytes(manifest)
     for domain in manifest["settings"]["domains"]:
         facts = manifest["domains"].get(domain)
         if facts is None:
@@ -297,12 +163,13 @@ def shard_problems(path: Path, manifest: Mapping[str, Any], sha256: Callable[[Pa
             problems[domain, ""] = Problem(f"domains.{domain}", found, _COMPLETE)
             continue
         for shard in (shard for split in SPLITS for shard in shards_of(facts, split)):
-            if difference := _difference(path / shard.file, shard.sequences * row, shard.sha256, sha256):
-                problems[domain, shard.file] = Problem(shard.file, difference, _REBUILD)
+            if difference := difference_of(path / shard.file, shard.sequences * row, shard.sha256, sha256):
+                problems[domain, shard.file] = Problem(shard.file, difference, REBUILD)
     return problems
 
 
-def _difference(file: Path, size: int, digest: str, sha256: Callable[[Path, str], str] | None) -> str | None:
+def difference_of(file: Path, size: int, digest: str, sha256: Callable[[Path, str], str] | None) -> str | None:
+    """What is wrong with the file of a shard, if anything; `sha256` as for `shard_problems`."""
     try:
         if (found := file.stat().st_size) != size:
             return f"{found} bytes where {size} are expected"

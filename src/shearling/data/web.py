@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import io
+import time
 from base64 import b64encode
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.client import HTTPResponse
+from functools import cache
+from http.client import HTTPException, HTTPResponse
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import unquote, urlsplit, urlunsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_opener
 
 TIMEOUT = 60.0
 """Seconds without a byte after which a try is given up."""
@@ -20,6 +22,22 @@ _GONE, _REFUSED = (404, 410), (401, 403)
 def is_web(url: str) -> bool:
     """Whether a URL is one of these."""
     return url.lower().startswith(("http://", "https://"))
+
+
+class _Redirects(HTTPRedirectHandler):
+    """Follows them, and takes the login to no other host."""
+
+    def redirect_request(self, req: Request, *arguments: Any) -> Request | None:
+        """The next request, if there is to be one."""
+        found = super().redirect_request(req, *arguments)
+        if found is not None and found.host != req.host:
+            found.remove_header("Authorization")
+        return found
+
+
+@cache
+def _opener() -> OpenerDirector:
+    return build_opener(_Redirects)
 
 
 @contextmanager
@@ -34,13 +52,15 @@ def _answer(url: str, start: int = 0, end: int | None = None) -> Iterator[HTTPRe
     if start or end is not None:
         headers["Range"] = f"bytes={start}-{'' if end is None else end - 1}"
     try:
-        answer: HTTPResponse = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+        answer: HTTPResponse = _opener().open(Request(url, headers=headers), timeout=TIMEOUT)
+        with answer:
+            yield answer
     except HTTPError as error:
         with error:  # it is the open answer, too
             kind = FileNotFoundError if error.code in _GONE else PermissionError if error.code in _REFUSED else OSError
             raise kind(f"HTTP status {error.code} {error.reason}") from None
-    with answer:
-        yield answer
+    except HTTPException as error:  # what is no HTTP, or ends before it said that it would
+        raise ConnectionError(f"{type(error).__name__}: {error}") from None
 
 
 def info(url: str) -> dict[str, Any]:
@@ -64,12 +84,19 @@ def stream(url: str, start: int, block: int) -> Iterator[bytes]:
             raise ConnectionError(f"the connection ended {answer.length} bytes early")
 
 
-class WebFile(io.RawIOBase):
-    """A file of `size` bytes for reading at any place, on a server that knows ranges; each read is a request."""
+class _NoParts(OSError):
+    """The server sends files whole or not at all."""
 
-    def __init__(self, url: str, size: int) -> None:
+
+class WebFile(io.RawIOBase):
+    """A file of `size` bytes for reading at any place, on a server that knows ranges.
+
+    Each read is a request, made anew after each of `waits`, in seconds, where it fails.
+    """
+
+    def __init__(self, url: str, size: int, waits: Sequence[float] = ()) -> None:
         super().__init__()
-        self._url, self._size, self._at = url, size, 0
+        self._url, self._size, self._at, self._waits = url, size, 0, waits
 
     def readable(self) -> bool:
         """Yes."""
@@ -93,12 +120,25 @@ class WebFile(io.RawIOBase):
         end = min(self._at + len(buffer), self._size)
         if self._at >= end:
             return 0
-        with _answer(self._url, self._at, end) as answer:
-            if answer.status != 206:
-                raise OSError("the server sends no parts of files; download the file")
-            data = answer.read(end - self._at)
-        if len(data) < end - self._at:
-            raise ConnectionError(f"the connection ended {end - self._at - len(data)} bytes early")
+        for wait in (*self._waits, None):
+            try:
+                data = self._part(end)
+                break
+            except (FileNotFoundError, PermissionError, _NoParts):
+                raise
+            except OSError:
+                if wait is None:
+                    raise
+                time.sleep(wait)
         buffer[: len(data)] = data
         self._at = end
         return len(data)
+
+    def _part(self, end: int) -> bytes:
+        with _answer(self._url, self._at, end) as answer:
+            if answer.status != 206:
+                raise _NoParts("the server sends no parts of files; download the file")
+            data = answer.read(end - self._at)
+        if len(data) < end - self._at:
+            raise ConnectionError(f"the connection ended {end - self._at - len(data)} bytes early")
+        return data
