@@ -22,8 +22,8 @@ $(VENV)/smollm2: $(VENV)/installed
 
 install: $(VENV)/installed   ## make the environment in .venv
 
-test: $(VENV)/installed      ## run the tests (minutes)
-	$(BIN)/python -m pytest
+test: $(VENV)/installed      ## run the tests, on all cores (minutes)
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: $(VENV)/smollm2   ## run the slower checks, on a real model
 	$(BIN)/python -m pytest -m slow
