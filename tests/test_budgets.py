@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 
 import shearling
 from runs import SignalAt, contents, metrics, recipe_values
-from shearling import export
 from shearling.arch.families import anatomy_of
 from shearling.errors import ConfigError, OutputError, ShapeError, Stopped
+from shearling.prune import verify
 
 SOURCES: dict[str, dict[str, Any]] = {"llama": {"tied": True, "layers": 4}, "qwen3": {"tied": False, "layers": 4}}
 METHODS: dict[str, dict[str, Any]] = {
@@ -111,7 +111,7 @@ def test_padding_that_rounding_may_hide_is_compared_in_fp64(
     sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shearling.prune(values_of(sources("llama"), domains, "saap"), tmp_path / "run")
-    monkeypatch.setitem(export.TOLERANCE, "float32", 1e-12)  # as if these weights were such that fp32 cannot tell
+    monkeypatch.setattr(verify, "TOLERANCE", 1e-12)  # as if these weights were such that fp32 cannot tell
     assert shearling.pad(tmp_path / "run" / "pruned", tmp_path / "padded")["relative_difference"] < 1e-12
 
 

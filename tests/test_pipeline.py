@@ -262,8 +262,7 @@ def test_what_rounding_may_explain_is_looked_at_in_fp64(
     finished: Path, values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Published where fp64 shows no difference, with both numbers in the report; refused where it shows a small one."""
-    stages = importlib.import_module("shearling.pruning")
-    monkeypatch.setattr(stages, "TOLERANCE", 0.0)
+    monkeypatch.setattr(importlib.import_module("shearling.prune.verify"), "TOLERANCE", 0.0)
     out = unfinished(shutil.copytree(finished, tmp_path / "good"), "prune", "train", "evaluate")
     report = shearling.run(values, out)
     assert 0 < report["verify"]["relative_difference"] < 1e-5 and report["verify"]["relative_difference_float64"] < 1e-11
@@ -274,8 +273,9 @@ def test_what_rounding_may_explain_is_looked_at_in_fp64(
         for name, tensor in transform(*args):
             yield name, tensor * (1.0001 if name.endswith("layers.1.mlp.up_proj.weight") else 1)
 
-    transform = stages.transform
-    monkeypatch.setattr(stages, "transform", bent)
+    pruning = importlib.import_module("shearling.pruning")
+    transform = pruning.transform
+    monkeypatch.setattr(pruning, "transform", bent)
     out = unfinished(shutil.copytree(finished, tmp_path / "bent"), "prune", "train", "evaluate")
     with pytest.raises(NumericsError, match=r"in fp64.*layers\.1\.mlp\.up_proj\.weight"):
         shearling.run(values, out)

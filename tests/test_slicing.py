@@ -22,6 +22,7 @@ from runs import Notes, SignalAt, command, contents, metrics, recipe_values, wri
 from shearling import pruning, stages
 from shearling.errors import Stopped
 from shearling.io import files
+from shearling.prune import verify
 from shearling.train import checkpoint
 from tiny_stage import saved
 
@@ -268,7 +269,7 @@ def stop_at_3(rank: int) -> None:
 
 def look_closely(rank: int) -> None:
     """Masked and cut model are compared in fp64, whatever fp32 says."""
-    pruning.TOLERANCE = 0.0
+    verify.TOLERANCE = 0.0
 
 
 def test_two_processes_give_the_same_bits_as_one(tmp_path: Path) -> None:

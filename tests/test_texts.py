@@ -16,7 +16,7 @@ import shearling
 from models import save_tiny_source, tiny_tokenizer
 from prepared import END, rows_of_files, serving, write_prepared
 from ranks import Ranks
-from runs import contents, metrics, recipe_values, write_text
+from runs import contents, metrics, recipe_values
 from shearling import cli
 from shearling.data import remote as remote_module
 from shearling.data.tokens import MANIFEST
@@ -44,11 +44,9 @@ class Notes(Silent):
 
 
 @pytest.fixture(scope="module")
-def values(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def values(good_source: Path, domains: dict[str, str]) -> dict[str, Any]:
     """A recipe that prepares its text."""
-    folder = tmp_path_factory.mktemp("recipe")
-    save_tiny_source(folder / "source", "llama")
-    return recipe_values(folder / "source", write_text(folder), evaluate={"speed": False})
+    return recipe_values(good_source, domains, evaluate={"speed": False})
 
 
 @pytest.fixture(scope="module")

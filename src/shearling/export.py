@@ -25,7 +25,7 @@ from shearling.io.files import (
 from shearling.io.loading import NOT_OURS, load_stock
 from shearling.io.tensors import ShardWriter
 from shearling.prune.pad import pad_to_uniform, padded_config, padding_cost
-from shearling.prune.verify import ROUNDING, TOLERANCE_FLOAT64, difference_of, logits_of, require_equal
+from shearling.prune.verify import Difference, difference_of, logits_of, require_equal, require_same_function
 from shearling.sources import Source
 
 if TYPE_CHECKING:
@@ -168,12 +168,12 @@ def save_padded(source: Source, final: Path) -> dict[str, float]:
             writer.add(name, tensor)
 
     def verify(padded: PreTrainedModel) -> None:
-        difference, tolerance = difference_of(expected_BTV, logits_of(padded.float(), ids_BT)), TOLERANCE["float32"]
-        if tolerance < difference.relative_difference <= ROUNDING:
-            difference = difference_of(logits_of(original.double(), ids_BT), logits_of(padded.double(), ids_BT))
-            tolerance = TOLERANCE_FLOAT64
-        require_equal(difference, tolerance, "the model and the padded one")
-        found["relative_difference"] = difference.relative_difference
+        def exact() -> Difference:
+            return difference_of(logits_of(original.double(), ids_BT), logits_of(padded.double(), ids_BT))
+
+        difference = difference_of(expected_BTV, logits_of(padded.float(), ids_BT))
+        decided = require_same_function(difference, exact, "the model and the padded one")
+        found["relative_difference"] = decided.relative_difference
 
     publish_model(write, padded_config(source.config, uniform), source.save_companions, final, dtype, verify, replace=final.exists())
     return found

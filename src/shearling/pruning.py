@@ -30,16 +30,7 @@ from shearling.prune.rotate import fit_norms, norms_of, principal_rotation, rota
 from shearling.prune.staged import Kept, RunningScores, StagedPruner, cut_steps, kept_by
 from shearling.prune.stats import Scores
 from shearling.prune.transform import transform
-from shearling.prune.verify import (
-    ROUNDING,
-    TOLERANCE,
-    TOLERANCE_FLOAT64,
-    blame,
-    compare_in_float64,
-    compare_logits,
-    masked_logits,
-    require_equal,
-)
+from shearling.prune.verify import Difference, blame, compare_in_float64, compare_logits, masked_logits, require_same_function
 from shearling.shapes import shape_of, target_config
 from shearling.stages import VERIFY_SEQUENCES, Context, sample_ids, steered, surroundings
 from shearling.train import checkpoint
@@ -332,15 +323,16 @@ def _cut(context: Context, subject: _Subject, masks: Mapping[str, Tensor], plan:
         difference = compare_logits(cut.to(context.device), expected, ids, end)
         found.update(vars(difference))
         detail = partial(blame, masks, anatomy, target, reader, cut.state_dict())
-        if TOLERANCE < difference.relative_difference <= ROUNDING:
+
+        def exact() -> Difference:
             context.show.note(f"logits differ by {difference.relative_difference:.1g} of their range in fp32: comparing in fp64")
             whole = context.world.size == 1
             gated = model if whole else _of_shape(context, kept, torch.bfloat16).to(context.device)
-            exact = compare_in_float64(gated, anatomy, masks, reader, cut, ids, end)
-            found["relative_difference_float64"] = exact.relative_difference
-            require_equal(exact, TOLERANCE_FLOAT64, "in fp64, the gated model and the cut model", detail)
-        else:
-            require_equal(difference, detail=detail)
+            closer = compare_in_float64(gated, anatomy, masks, reader, cut, ids, end)
+            found["relative_difference_float64"] = closer.relative_difference
+            return closer
+
+        require_same_function(difference, exact, "the gated model and the cut model", detail)
 
     def publish() -> dict[str, float]:
         final = context.path / "pruned"

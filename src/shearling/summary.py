@@ -37,7 +37,6 @@ def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> d
     if "prune" in found:
         values["verify"] = found["prune"]["verify"]
     if "train" in found:
-        values["epochs"] = found["train"]["epochs"]
-        values |= {key: found["train"][key] for key in ("padded",) if key in found["train"]}
+        values |= {key: found["train"][key] for key in ("epochs", "padded") if key in found["train"]}
     measured = found.get("evaluate", {})
     return values | {key: measured[key] for key in ("speed", "speed_dtype", "speed_device", "speed_error") if key in measured}

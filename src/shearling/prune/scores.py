@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from shearling.arch.axes import parse_pattern, sum_onto
 from shearling.arch.families import Anatomy
 from shearling.errors import ConfigError, NumericsError, Problem
-from shearling.prune.gates import GateSpec
+from shearling.prune.gates import SPANNED, GateSpec
 from shearling.prune.stats import Objective, Scores, Stats, Weight, collect, weights_of
 from shearling.shapes import PRUNABLE
 from shearling.world import World
@@ -208,9 +208,8 @@ def fused(stats: Stats) -> Scores:
 
 def _mean_of_open(stats: Stats, axis: str, values: Tensor) -> Tensor:
     """Mean over the gates of an axis that the masks leave open, and that are not in a block or group that they close."""
-    around = {"group": ("layer",), "query": ("layer", "group"), "neuron": ("layer",)}.get(axis, ())
     open_ = torch.ones_like(values)
-    for mask in (stats.masks[name].to(values) for name in (*around, axis) if name in stats.masks):
+    for mask in (stats.masks[name].to(values) for name in SPANNED[axis] if name in stats.masks):
         open_ = open_ * mask.reshape(*mask.shape, *[1] * (values.dim() - mask.dim()))
     return (values * open_).sum() / open_.sum().clamp(min=1)
 

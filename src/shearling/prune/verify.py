@@ -159,6 +159,25 @@ def require_equal(
         )
 
 
+def require_same_function(
+    difference: Difference, exact: Callable[[], Difference], what: str, detail: str | Callable[[], str] = ""
+) -> Difference:
+    """Raise `NumericsError` where a difference in fp32 shows a mistake; where rounding may be all of it, fp64 decides.
+
+    Args:
+        exact: compares the same two in fp64; called only where it has to be.
+
+    Returns:
+        the difference that decided.
+    """
+    if not TOLERANCE < difference.relative_difference <= ROUNDING:
+        require_equal(difference, TOLERANCE, what, detail)
+        return difference
+    found = exact()
+    require_equal(found, TOLERANCE_FLOAT64, f"in fp64, {what}", detail)
+    return found
+
+
 def blame(masks: Mapping[str, Tensor], source: Anatomy, target: Anatomy, weights: Reader, cut: Mapping[str, Tensor]) -> str:
     """One sentence on what `worst_tensor` finds, for `require_equal`."""
     worst = worst_tensor(masks, source, target, weights, cut)
