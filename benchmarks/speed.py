@@ -27,7 +27,7 @@ from shearling.data import mixture
 from shearling.data.loader import Loader
 from shearling.evaluate.speed import measure_speed
 from shearling.io.tensors import MemoryReader
-from shearling.objectives.lm import token_losses
+from shearling.objectives.lm import in_training, token_losses
 from shearling.prune.attach import Attachment
 from shearling.prune.config import GateConfig
 from shearling.prune.gates import Gates, gate_specs
@@ -56,7 +56,7 @@ class Steps:
         blocks = self.anatomy.family.anchors.layers
         self.model = parallelize(source.load_model(), blocks, RuntimeConfig(compile=gpu), self.device, None).train()
         self.config = TrainConfig(batch_size=args.sequences, microbatches=1, learning_rate=1e-5)
-        self.objective = in_precision(token_losses, self.device, RuntimeConfig())
+        self.losses = in_precision(token_losses, self.device, RuntimeConfig())
         self.optimizer = build_optimizer(self.model, self.config)
         self.args, self.number = args, 0
 
@@ -75,7 +75,7 @@ class Steps:
             self.model,
             ids,
             np.zeros(len(ids), dtype=np.int64),
-            self.objective,
+            in_training(self.losses),
             self.optimizer,
             step=self.number,
             microbatches=1,
@@ -91,7 +91,7 @@ class Steps:
         attachment = Attachment(self.model, self.anatomy)
         gates = Gates(gate_specs(self.anatomy, target_anatomy(self.anatomy, TARGET))).to(self.device)
         learner = GateLearner(gates, attachment, GateConfig(), steps=1000, warmup=10, seed=0)
-        learner.start_from(compute(dict.fromkeys(gates.specs, "random"), self.model, self.anatomy, gates.specs, self.objective, []))
+        learner.start_from(compute(dict.fromkeys(gates.specs, "random"), self.model, self.anatomy, gates.specs, self.losses, []))
         return learner, attachment
 
     def _wait(self) -> None:

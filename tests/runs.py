@@ -30,7 +30,9 @@ WHOLE_VALUES: dict[str, Any] = {
         "root": "/text",
     },
     "mixture": {"update": "static", "reference": {"power_law": "/points.csv"}, "floor": 0.1},
-    "train": {"lora": {}},
+    "teacher": {},
+    "prune": {"distill": {"top_k": 8}},
+    "train": {"lora": {}, "distill": {"top_k": 8}},
 }
 """Plain values of a recipe of which every field can have another value; it is not there to be run."""
 _FORKSERVER = multiprocessing.get_context("forkserver")

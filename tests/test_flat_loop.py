@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import shearling
 from models import save_tiny_source, tiny_model
 from runs import metrics, recipe_values, write_text
+from shearling.objectives.lm import in_training
 from shearling.prune.config import GateConfig
 from shearling.recipe import load_recipe
 from shearling.train.step import train_step
@@ -122,7 +123,9 @@ def test_the_flat_loop_takes_gradients_to_the_same_bits(microbatches: int, clip:
             found.extend(p.grad.clone() for p in model.parameters())
 
     options: dict[str, Any] = {"step": 1, "microbatches": microbatches, "clip": clip, "rate": 0.1}
-    result = train_step(model, ids, np.zeros(12, np.int64), flat["token_losses"], Capture(model.parameters(), lr=0.1), **options)
+    result = train_step(
+        model, ids, np.zeros(12, np.int64), in_training(flat["token_losses"]), Capture(model.parameters(), lr=0.1), **options
+    )
     loss = flat["take_gradients"](twin, [], ids, microbatches, clip)
     assert loss == pytest.approx(result.loss, rel=1e-7) and 0.5 < result.gradient_norm < 1e9
     assert all(torch.equal(parameter.grad, gradient) for parameter, gradient in zip(twin.parameters(), found, strict=True))

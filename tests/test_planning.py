@@ -15,12 +15,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import shearling
+from models import save_tiny_source
 from runs import Notes, contents, recipe_values, unfinished
 from shearling import planning
 from shearling.arch.families import FAMILIES, Anatomy
 from shearling.errors import ArtifactError, ConfigError, StorageError
 from shearling.io.files import sha256_file
-from shearling.planning import available_memory, disk_needed, memory_warning, training_memory
+from shearling.planning import available_memory, disk_needed, memory_warning, stage_memory, training_memory
 from shearling.prune.gates import gate_specs
 from shearling.recipe import load_recipe
 from shearling.run import check_artifacts
@@ -153,7 +154,7 @@ def test_a_warning_names_both_numbers_and_the_remedies() -> None:
 
 def test_too_little_memory_is_told_and_does_not_end_the_run(copy: Path, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     show = Notes()
-    monkeypatch.setattr("shearling.api.available_memory", lambda device, processes: 1000 if device == "cpu" else None)
+    monkeypatch.setattr("shearling.wiring.available_memory", lambda device, processes: 1000 if device == "cpu" else None)
     shearling.train(values, unfinished(copy, "train"), show=show)
     assert len(show.notes) == 1 and show.notes[0].startswith("train takes about 0.0 GiB")
 
@@ -334,3 +335,18 @@ def test_more_steps_of_training_are_taken_up(values: dict[str, Any], copy: Path)
     assert contents(copy / "pruned") == before
     assert show.notes == ["accepted: evaluate.speed true -> false", "accepted: train.steps 10 -> 12"]
     assert load_recipe(copy / "recipe.yaml").train.steps == 12
+
+
+def test_a_teacher_takes_its_weights_beside_the_model(tmp_path: Path) -> None:
+    """In the precision of the run; on several processes a part of them, and the head."""
+    save_tiny_source(tmp_path / "source", "llama")
+    source = open_source(tmp_path / "source")
+    plain = load_recipe(recipe_values(tmp_path / "source", {"web": "web.jsonl"}))
+    taught = load_recipe(plain, ["train.distill={}"])
+    parameters, head = source.anatomy.parameters(), 96 * 48
+    for changes, size, expected in (([], 1, 2 * parameters), (["runtime.precision=float32"], 1, 4 * parameters)):
+        before = stage_memory(source, load_recipe(plain, changes), "train", world_size=size)
+        found = stage_memory(source, load_recipe(taught, changes), "train", world_size=size)
+        assert found.pop("teacher") == expected and found == {**before, "total": before["total"] + expected}
+    assert stage_memory(source, taught, "train", world_size=2)["teacher"] == 2 * (-(-parameters // 2) + head)
+    assert "teacher" not in stage_memory(source, taught, "prune")

@@ -158,7 +158,7 @@ def poison(rank: int, steps: range) -> None:
             return original(model, ids, domains, objective, optimizer, **kwargs)
 
         def poisoned(*args: Any) -> torch.Tensor:
-            return objective(*args) * (float("nan") if rank == 1 else 1.0)
+            return {name: value * (float("nan") if rank == 1 else 1.0) for name, value in objective(*args).items()}
 
         before = everything(model, optimizer, kwargs["gates"])
         result = original(model, ids, domains, poisoned, optimizer, **kwargs)

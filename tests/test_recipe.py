@@ -230,7 +230,7 @@ def test_every_field_that_changes_is_named_and_accepted_only_if_asked(tmp_path: 
             for accept in ((field,), (section, "nothing")) if section not in FIXED else ():
                 assert accepted_changes(WHOLE, recipe, accept, tmp_path) == [(field, before, after)]
     free = {f"runtime.{name}" for name in RuntimeConfig.model_fields} - {"runtime.device", "runtime.precision"}
-    assert freed == free | {"data.cache", "data.cache_gib"}
+    assert freed == free | {"data.cache", "data.cache_gib", "prune.distill.cache", "train.distill.cache"}
     assert fixed == set(FIXED)
 
 

@@ -391,6 +391,6 @@ def test_a_page_that_cannot_be_drawn_ends_no_run(error: Exception, tmp_path: Pat
             shearling.report(out)
     assert "report_error" not in shearling.prepare(values, out)
     assert "report_error" not in json.loads((out / "report.json").read_text()) and (out / "report.html").exists()
-    monkeypatch.setattr("shearling.api.write_atomic", lambda path, text: fail(path))
+    monkeypatch.setattr("shearling.wiring.write_atomic", lambda path, text: fail(path))
     with pytest.raises(type(error)):  # the numbers are no optional part
         shearling.prepare(values, out)

@@ -23,7 +23,25 @@ LEVELS: dict[str, int] = {
     **dict.fromkeys(("config", "arch", "shapes", "schedules", "board", "world"), 1),
     **dict.fromkeys(("prune", "data", "objectives"), 2),
     **dict.fromkeys(("train", "evaluate", "sources", "export"), 3),
-    **dict.fromkeys(("recipe", "planning", "run", "show", "stages", "pruning", "measure", "pictures", "report", "progress", "api"), 4),
+    **dict.fromkeys(
+        (
+            "recipe",
+            "planning",
+            "run",
+            "show",
+            "stages",
+            "distilling",
+            "pruning",
+            "training",
+            "measure",
+            "pictures",
+            "report",
+            "progress",
+            "wiring",
+            "api",
+        ),
+        4,
+    ),
     **dict.fromkeys(("texts", "summary", "steering"), 4),
     **dict.fromkeys(("cli", "__init__", "__main__"), 5),
 }
@@ -87,7 +105,7 @@ def test_imports_go_down(name: str) -> None:
 
 def test_the_reader_of_imports_sees_imports() -> None:
     assert imports("prune.transform") == {"arch.axes", "arch.families", "prune.plan"}
-    assert "stages" in imports("api") and "stages" not in imports("api", only_at_import=True)
+    assert "stages" in imports("wiring") and "stages" not in imports("wiring", only_at_import=True)
     assert not imports("errors")
 
 

@@ -137,9 +137,9 @@ class Stage:
         how = {"prefetch": self.runtime.prefetch, "workers": self.runtime.loader_workers}
         return Watched(tokens, self.config.batch_size, 17, **how)  # type: ignore[arg-type]
 
-    def _objective(self, model: nn.Module, ids_BT: Tensor) -> Tensor:
+    def _objective(self, model: nn.Module, ids_BT: Tensor, step: int) -> dict[str, Tensor]:
         self.at = (self.at[0], self.at[1] + 1)
-        return self.after_forward(self.at, token_losses(model, ids_BT))
+        return {"loss": self.after_forward(self.at, token_losses(model, ids_BT))}
 
     def _evaluate(self, model: nn.Module, tokens: Tokens) -> tuple[Losses, Errors]:
         def between() -> None:  # as in `stages.Context.check_stop`

@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from shearling.config import parse
-from shearling.errors import ArtifactError, ConfigError, Problem
-from shearling.io.files import check_writable, refuse_existing, write_atomic
-from shearling.planning import (
-    STAGES_THAT_TRAIN,
-    available_memory,
-    describe,
-    disk_needed,
-    expected_target,
-    memory_warning,
-    stage_memory,
-)
-from shearling.recipe import Recipe, RecipeLike, load_recipe
-from shearling.run import RunDirectory, check_artifacts, run_path
+from shearling.errors import ArtifactError, Problem
+from shearling.io.files import refuse_existing
+from shearling.planning import describe
+from shearling.recipe import RecipeLike, load_recipe
+from shearling.run import run_path
 from shearling.shapes import Target
 from shearling.show import Shielded, Show, Silent
-from shearling.sources import Source, open_source
-from shearling.steering import check_steering
-from shearling.summary import STAGES, summarise
-from shearling.texts import cache_notes, read_text_of_recipe, with_domains_of
-from shearling.world import World, join, restarted
-
-if TYPE_CHECKING:
-    from shearling.stages import Context
+from shearling.sources import open_source
+from shearling.wiring import on_processes, write_numbers
+from shearling.world import join
 
 
 def run(
@@ -197,7 +182,7 @@ def report(out: str | Path) -> dict[str, Any]:
     if not (path / "recipe.yaml").exists():
         raise ArtifactError(f"{path}: not a run directory", [Problem("out", "no recipe.yaml", "Give the --out of a run.")])
     recipe = load_recipe(path / "recipe.yaml")
-    values = _write_numbers(path, recipe, open_source(recipe.source))
+    values = write_numbers(path, recipe, open_source(recipe.source))
     write_report(path)
     return values
 
@@ -236,134 +221,7 @@ def _through(
     show: Show | None,
 ) -> dict[str, Any]:
     """Do every stage up to `last` that is not done, and write the report; on as many processes as there are."""
-    loaded = load_recipe(recipe, overrides)
-    path, names = run_path(recipe, out), STAGES[: STAGES.index(last) + 1]
-    with join(loaded.runtime.device, loaded.runtime.timeout) as world, ExitStack() as held:
+    loaded, path = load_recipe(recipe, overrides), run_path(recipe, out)
+    with join(loaded.runtime.device, loaded.runtime.timeout) as world:
         shown: Show = Shielded(show) if show is not None and world.first else Silent()
-        source, device = world.everywhere(lambda: _checked(loaded, last, world, overwrite, new=not path.exists()))
-        manifest = world.rank0_decides(lambda: read_text_of_recipe(loaded, source))
-        loaded = world.everywhere(lambda: with_domains_of(loaded, manifest))
-        afresh = overwrite and not restarted()  # what a launcher starts again is to go on
-        directory = RunDirectory(path, loaded, overwrite=afresh, accept_changed=accept_changed)
-
-        def enter() -> list[str]:
-            held.enter_context(directory)
-            return [*directory.notes, *_preflight(directory, source, last, device, world.size, world.local_size, manifest)]
-
-        for note in world.rank0_decides(enter):
-            shown.note(note)
-        from shearling import stages
-        from shearling.train.stop import StopOnSignal
-
-        with StopOnSignal() as stop:
-            world.signal = lambda: stop.number
-            context = stages.Context(loaded, source, directory.path, world, shown, manifest)
-            for name in names:
-                context.check_stop()
-                work = _work(name, context, directory)
-                directory.do(name, work, shown, again=name == last == "prepare", world=world)
-        if last == "prepare":  # what was made again must be what the later stages used
-            world.rank0_decides(lambda: check_artifacts(directory.path, manifest=manifest))
-        return world.rank0_decides(lambda: _report(directory.path, loaded, source, shown))
-
-
-def _checked(recipe: Recipe, last: str, world: World, overwrite: bool, new: bool) -> tuple[Source, str]:
-    """The source, and the device of this process; raises what can be known to be wrong without the run directory."""
-    source = open_source(recipe.source)
-    expected_target(source, recipe)
-    if overwrite or new:
-        check_steering(recipe, source, STAGES[: STAGES.index(last) + 1])
-    if last == "prepare":
-        return source, "cpu"
-    from shearling.train.optim import choose_device
-    from shearling.train.parallel import check_microbatches
-
-    if recipe.train.lora:
-        from shearling.train.lora import check_targets
-
-        check_targets(recipe.train.lora, source.anatomy)
-    if recipe.target is not None:
-        from shearling.prune.methods import choose
-
-        choose(recipe.prune, source.anatomy, recipe.target)
-    around_the_cut = {"prune.rotate": recipe.prune.rotate, "prune.compensate": recipe.prune.compensate}
-    if world.size > 1 and any(value not in ("no", 0) for value in around_the_cut.values()):
-        remedy = "It needs the whole model in one process: start one, or leave it out."
-        problems = [Problem(field, repr(value), remedy) for field, value in around_the_cut.items() if value not in ("no", 0)]
-        raise ConfigError("this works with one process alone", problems)
-    check_microbatches({"prune": recipe.prune, "train": recipe.train}, world.size)
-    device = choose_device(recipe.runtime, world.local_rank, world.local_size)
-    if overwrite:  # before anything is deleted
-        source.check()
-    return source, str(device)
-
-
-def _preflight(
-    directory: RunDirectory, source: Source, last: str, device: str, processes: int, here: int, manifest: Mapping[str, Any] | None
-) -> list[str]:
-    """Before any work of the stages up to `last` that are not done: raise for what would end them, return what may.
-
-    `device`: `cpu`, `cuda` or `cuda:N`. `processes`: of the run; `here`: on this machine. `manifest`: of text prepared before.
-    """
-    import torch
-
-    from shearling.train.parallel import frees_after_forward
-
-    recipe, remaining = directory.recipe, directory.remaining(STAGES[: STAGES.index(last) + 1])
-    if "prune" in remaining:
-        source.check()
-    opens_source = not {"prune", "train"}.isdisjoint(remaining) or ("evaluate" in remaining and recipe.evaluate.speed)
-    opens_tokens = not {"source", "prune", "train"}.isdisjoint(remaining)
-    fingerprint = source.fingerprint if opens_source else None
-    check_artifacts(directory.path, tokens=opens_tokens, fingerprint=fingerprint, manifest=manifest)
-    check_writable(directory.path, disk_needed(source, recipe, remaining, directory.half_done())["total"])
-    free = available_memory(device, here)
-    training = [stage for stage in STAGES_THAT_TRAIN if stage in remaining]
-    keeps = not frees_after_forward(recipe.runtime, torch.device(device))
-    needed = {stage: stage_memory(source, recipe, stage, world_size=processes, keeps_gathered=keeps)["total"] for stage in training}
-    notes = [text for stage, size in needed.items() if (text := memory_warning(stage, size, free))]
-    return check_steering(recipe, source, remaining) + notes + cache_notes(recipe, manifest)
-
-
-def _work(name: str, context: Context, directory: RunDirectory) -> Callable[[], dict[str, Any]]:
-    """The work of one stage, with what it needs of the stages before it."""
-    from shearling import pruning, stages
-
-    def found(stage: str) -> dict[str, Any]:
-        result = context.world.rank0_decides(lambda: directory.result(stage))
-        assert result is not None, f"{name} needs {stage}, which comes before it"
-        return result
-
-    works: dict[str, Callable[[], dict[str, Any]]] = {
-        "prepare": lambda: stages.prepare_data(context),
-        "source": lambda: stages.measure_source(context),
-        "prune": lambda: pruning.prune(context, found("source"), stages.starting_shares(context)),
-        "train": lambda: stages.train(context, found("prune"), found("source")),
-        "evaluate": lambda: stages.measure_result(context),
-    }
-
-    def work() -> dict[str, Any]:
-        with stages.memory_errors(name):
-            return works[name]()
-
-    return work
-
-
-def _report(path: Path, recipe: Recipe, source: Source, show: Show) -> dict[str, Any]:
-    """Write report.json, and report.html if it can be: what it fails for is told and recorded, and does not end the run."""
-    values = _write_numbers(path, recipe, source)
-    try:
-        from shearling.report import write_report
-
-        write_report(path)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
-        show.note(f"report.html could not be written ({reason}); the run is not affected. `shearling report {path}` tries again.")
-        values = _write_numbers(path, recipe, source, {"report_error": reason})
-    return values
-
-
-def _write_numbers(path: Path, recipe: Recipe, source: Source, more: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    values = summarise(path, recipe, source.anatomy, expected_target(source, recipe)) | dict(more or {})
-    write_atomic(path / "report.json", json.dumps(values, indent=1) + "\n")
-    return values
+        return on_processes(world, last, loaded, path, overwrite, accept_changed, shown)

@@ -36,11 +36,11 @@ def measure_model(
     runtime = parse(RuntimeConfig, {"device": device, "precision": precision}, "evaluate")
     place = choose_device(runtime)
     document_end = tokens.document_end if attend == "document" else None
-    objective = in_precision(partial(token_losses, document_end=document_end), place, runtime)
+    losses = in_precision(partial(token_losses, document_end=document_end), place, runtime)
     fetch_heldout(tokens)
     model = source.load_model().to(place)
     heldout = {domain: tokens.sequences(domain, "heldout") for domain in tokens.domains}
-    measured = heldout_losses(model, heldout, objective, batch_size=batch_size, device=place)
+    measured = heldout_losses(model, heldout, losses, batch_size=batch_size, device=place)
     found: dict[str, Any] = {"name": source.name, "parameters": source.anatomy.parameters(), "attend": attend}
     found |= {"loss": measured.losses, "loss_error": measured.errors}
     return found | ({"speed": measure_speed({"model": model})["model"]} if speed else {})

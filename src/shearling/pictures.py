@@ -136,7 +136,7 @@ def training_picture(metrics: Metrics) -> Picture | None:
 
     def draw(axes: Any) -> None:
         for stage in ("prune", "train"):
-            x, y = _series(metrics, stage, lambda line: line.get("loss"))
+            x, y = _series(metrics, stage, lambda line: (line.get("terms") or {}).get("text", line.get("loss")))
             axes.plot(*_thinned(x, y), color=LINE, linewidth=1)
             axes.plot(*_thinned(x, _smoothed(y, max(steps // 20, 1))), color=PALETTE[0])
         _mark_cut(axes, cut)

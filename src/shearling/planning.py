@@ -16,8 +16,8 @@ from shearling.data.config import DataConfig, DomainConfig
 from shearling.errors import ShapeError
 from shearling.recipe import Recipe
 from shearling.shapes import PRUNABLE, Target, nearest_feasible, shape_of, target_anatomy, turned
-from shearling.sources import Source
-from shearling.train.config import FitConfig
+from shearling.sources import Source, open_source
+from shearling.train.config import FitConfig, StageConfig
 
 STAGES_THAT_TRAIN = ("prune", "train")
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -69,12 +69,15 @@ def sizes(anatomy: Anatomy) -> dict[str, Any]:
 
 
 def stage_memory(source: Source, recipe: Recipe, stage: str, *, world_size: int = 1, keeps_gathered: bool = False) -> dict[str, int]:
-    """Bytes that `prune` or `train` takes on each of `world_size` processes; see `training_memory`."""
-    cut = expected_target(source, recipe)
+    """Bytes that `prune` or `train` takes on each of `world_size` processes; see `training_memory`.
+
+    Where it learns from a teacher, there is a part `teacher`, too: its weights, in the precision of the run.
+    """
+    cut, config = expected_target(source, recipe), _configs(recipe)[stage]
     pruning = stage == "prune"
-    return training_memory(
+    found = training_memory(
         source.anatomy if pruning else cut,
-        _configs(recipe)[stage],
+        config,
         recipe.data.sequence_length,
         recipe.runtime.precision == "bfloat16",
         world_size=world_size,
@@ -83,6 +86,12 @@ def stage_memory(source: Source, recipe: Recipe, stage: str, *, world_size: int 
         target=cut if pruning else None,
         masked=recipe.data.attend == "document",
     )
+    if config.distill is None or not config.steps:
+        return found
+    teacher, width = _teacher(source, recipe), 2 if recipe.runtime.precision == "bfloat16" else 4
+    head = teacher.sizes["vocab"] * teacher.sizes["hidden"] if world_size > 1 else 0  # whole on every process
+    size = width * (-(-teacher.parameters() // world_size) + head)
+    return found | {"teacher": size, "total": found["total"] + size}
 
 
 def training_memory(
@@ -209,7 +218,13 @@ def export_dtype(source: Source, recipe: Recipe) -> str:
     return name.removeprefix("torch.")
 
 
-def _configs(recipe: Recipe) -> dict[str, FitConfig]:
+def _teacher(source: Source, recipe: Recipe) -> Anatomy:
+    """The model that stages with `distill` learn from."""
+    other = None if recipe.teacher is None else recipe.teacher.model
+    return source.anatomy if other is None else open_source(other).anatomy
+
+
+def _configs(recipe: Recipe) -> dict[str, StageConfig]:
     return {"prune": recipe.prune, "train": recipe.train}
 
 

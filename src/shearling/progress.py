@@ -14,6 +14,7 @@ from shearling.show import duration
 WORDS = {
     "prepare": "preparing the text",
     "source": "measuring the source",
+    "teacher": "training the teacher",
     "prune": "pruning, cutting, verifying",
     "train": "continuing pretraining",
     "evaluate": "measuring speed",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from shearling.arch.families import Anatomy
 from shearling.board import alike
 from shearling.data.loader import Loader
+from shearling.distilling import objective_of, with_projectors
 from shearling.evaluate.loss import packed
 from shearling.export import publish_model
 from shearling.io.loading import NOT_OURS
 from shearling.io.tensors import MemoryReader, ShardWriter
+from shearling.objectives.states import remove_projectors
 from shearling.prune import scores
 from shearling.prune.allocate import Masks, adapted, all_open, left, ranked, steadied, to_shape
 from shearling.prune.attach import Attachment
@@ -48,8 +51,13 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
     losses, errors = dict(source_result["loss"]), dict(source_result["loss_error"])
     progress = Progress(shares, around.loader.start(), heldout=losses, heldout_errors=errors)
     begun = context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints)))
-    subject = _Subject(context, choice, context.place(context.source.load_model), around, shares)
+    model = context.place(lambda: with_projectors(context, context.source.load_model(), config))
+    subject = _Subject(context, choice, model, around, shares)
+    del model  # which is the subject's alone to give up
     rotation_error = _rotate(context, subject) if config.rotate != "no" and choice.specs else None
+    if choice.specs:
+        every = range(anatomy.sizes["layer"])
+        around = replace(around, objective=objective_of(context, config, subject.model, every, around.objective))
     if begun and not choice.method.learns:
         subject.become(_kept_by_newest(anatomy, around))
     pruner, progress = _train(context, choice, subject, around, progress, begun)
@@ -59,6 +67,7 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
         subject.become(kept)
         pruner, progress = _train(context, choice, subject, around, progress, True)
     subject.model.eval()
+    remove_projectors(subject.model)
     masks = pruner.gates.hardened() if isinstance(pruner, GateLearner) else pruner.masks
     target = left(anatomy, masks)
     if config.compensate and choice.specs:
@@ -158,7 +167,7 @@ class _Subject:
 
         def of_model(names: Mapping[str, str], specs: Mapping[str, GateSpec]) -> Scores:
             anatomy, stop = self.kept.anatomy, context.check_stop
-            return scores.compute(names, self.model, anatomy, specs, context.objective, batches, context.world, stop, seed, own_masks)
+            return scores.compute(names, self.model, anatomy, specs, context.losses, batches, context.world, stop, seed, own_masks)
 
         with alike():
             return self.kept.score(choice.scores, specs, of_model, seed)

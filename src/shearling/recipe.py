@@ -16,10 +16,10 @@ from shearling.data.mixture_config import MixtureConfig
 from shearling.data.remote import is_url
 from shearling.prune.config import LEARNED, AllocationConfig, GateConfig
 from shearling.shapes import Target
-from shearling.train.config import Count, FitConfig, Fraction, RuntimeConfig, TrainConfig
+from shearling.train.config import Count, Fraction, RuntimeConfig, StageConfig, TeacherConfig, TrainConfig
 
 
-class PruneConfig(FitConfig):
+class PruneConfig(StageConfig):
     """Targeted structured pruning: gates and weights trained together until the source has the target's shape."""
 
     method: str = LEARNED
@@ -70,6 +70,8 @@ class PruneConfig(FitConfig):
     def _cuts_fit(self) -> PruneConfig:
         if self.cuts > 1 and self.method == LEARNED:
             raise ValueError(f"the method {LEARNED} narrows at every step: leave cuts ({self.cuts}) out")
+        if self.slice_every and self.distill is not None and self.distill.states:
+            raise ValueError(f"states are compared with the source's block by block: leave slice_every ({self.slice_every}) out")
         if self.steps and self.cuts > self.steps:
             raise ValueError(f"cuts ({self.cuts}) must not be more than steps ({self.steps})")
         return self
@@ -108,6 +110,8 @@ class Recipe(Config):
     """Text by domain."""
     mixture: MixtureConfig = MixtureConfig()
     """How the shares of the domains move (dynamic batch loading)."""
+    teacher: TeacherConfig | None = None
+    """The model that stages with `distill` learn from; left out, the source as it is."""
     prune: PruneConfig = PruneConfig()
     """The pruning stage."""
     train: TrainConfig = TrainConfig()
@@ -139,6 +143,15 @@ class Recipe(Config):
         return self
 
     @model_validator(mode="after")
+    def _a_teacher_has_pupils(self) -> Recipe:
+        found = [stage.distill for stage in (self.prune, self.train) if stage.distill is not None]
+        if self.teacher is not None and not found:
+            raise ValueError("there is a teacher, and nothing learns from it: set prune.distill or train.distill, or leave teacher out")
+        if self.teacher is not None and self.teacher.model is not None and any("blocks" in distill.states for distill in found):
+            raise ValueError("blocks are compared with the source's own: leave teacher.model out, or set distill.blocks to 0")
+        return self
+
+    @model_validator(mode="after")
     def _something_decides(self) -> Recipe:
         if self.target is not None and self.prune.steps == 0 and self.prune.gates.start == "constant":
             raise ValueError("with prune.steps 0 the scores decide alone: leave prune.gates.start out")
@@ -152,8 +165,7 @@ RecipeLike = Recipe | Mapping[str, Any] | str | Path
 def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
     """Read and check a recipe; `overrides` are `a.b=c` assignments.
 
-    Relative paths start from the recipe's folder; `source`, `data.root`, `data.prepared`, `data.cache` and those of `mixture` given as
-    overrides, from the current one.
+    Relative paths start from the recipe's folder; those that are given as overrides, from the current one.
 
     Raises one `ConfigError` that names every problem with field, value found and remedy.
     """
@@ -165,15 +177,30 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
         values, base, where = read_yaml(recipe), Path(recipe).resolve().parent, str(recipe)
     parsed = parse(Recipe, override(values, overrides), where)
     overridden = {assignment.partition("=")[0].strip() for assignment in overrides}
-    source = parsed.source
-    path = (Path.cwd() if "source" in overridden else base) / Path(source).expanduser()
-    if path.exists() or source.startswith((".", "/", "~")):
-        source = str(path.absolute())
+
+    def start(field: str) -> Path:
+        return Path.cwd() if covers(overridden, field) else base
+
+    def opened(model: str, field: str) -> str:
+        path = start(field) / Path(model).expanduser()
+        return str(path.absolute()) if path.exists() or model.startswith((".", "/", "~")) else model
+
     places = {name: getattr(parsed.data, name) for name in ("prepared", "cache") if f"data.{name}" in overridden}
     here = {name: str(Path.cwd() / Path(place).expanduser()) for name, place in places.items() if place and not is_url(place)}
     data = parsed.data.model_copy(update=here).resolved(Path.cwd() if "data.root" in overridden else base)
-    mixture = parsed.mixture.resolved(lambda field: Path.cwd() if covers(overridden, f"mixture.{field}") else base)
-    return parsed.model_copy(update={"source": source, "data": data, "mixture": mixture})
+    changed: dict[str, Any] = {
+        "source": opened(parsed.source, "source"),
+        "data": data,
+        "mixture": parsed.mixture.resolved(lambda field: start(f"mixture.{field}")),
+    }
+    if parsed.teacher is not None and parsed.teacher.model is not None:
+        changed["teacher"] = parsed.teacher.model_copy(update={"model": opened(parsed.teacher.model, "teacher.model")})
+    for name in ("prune", "train"):
+        stage = getattr(parsed, name)
+        if stage.distill is not None and stage.distill.cache is not None:
+            cache = str((start(f"{name}.distill.cache") / Path(stage.distill.cache).expanduser()).absolute())
+            changed[name] = stage.model_copy(update={"distill": stage.distill.model_copy(update={"cache": cache})})
+    return parsed.model_copy(update=changed)
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -185,8 +212,8 @@ FREE_SECTION = "runtime"
 """The section that says how to compute. Its fields may differ from one try to the next, unasked, ..."""
 NOT_FREE = ("runtime.device", "runtime.precision")
 """... but for these, on which the numbers hang."""
-FREE_PLACES = ("data.prepared", "data.cache", "data.cache_gib")
-"""Where prepared text lies: it may move, as what it holds is compared with what the run was begun with."""
+FREE_PLACES = ("data.prepared", "data.cache", "data.cache_gib", "prune.distill.cache", "train.distill.cache")
+"""Where prepared text and predictions lie: they may move, as what they hold is compared with what it should be."""
 FIXED = ("source", "target", "data", "seed")
 """What everything in a run directory was made from; where one of them differs, only a run begun afresh is right."""
 

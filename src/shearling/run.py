@@ -43,11 +43,19 @@ RUNS = "runs"
 CONTENTS = frozenset(
     {
         *(RECIPE_FILE, LOCK_FILE, "metrics.jsonl", "plan.json", "report.json", "report.html"),
-        *("data", ".data.lock", ".partial-data", "events", "stages", "checkpoints", "pruned", "model"),
+        *("data", ".data.lock", ".partial-data", "events", "stages", "checkpoints", "teacher", "pruned", "model", "padded"),
     }
 )
 """What a run makes in its directory. `--overwrite` deletes a directory only if it holds nothing else."""
-LAST_USE = {"prune": "prune", "mixture": "train", "train": "train", "export": "train", "evaluate": "evaluate", "runtime": "evaluate"}
+LAST_USE = {
+    "teacher": "teacher",
+    "prune": "prune",
+    "mixture": "train",
+    "train": "train",
+    "export": "train",
+    "evaluate": "evaluate",
+    "runtime": "evaluate",
+}
 """Section of the recipe -> the last stage that reads it."""
 
 

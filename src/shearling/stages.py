@@ -25,24 +25,20 @@ from shearling.data.prepare import prepare
 from shearling.data.remote import shown_place
 from shearling.data.rows import Rows
 from shearling.data.tokens import TokenSet
-from shearling.errors import ArtifactError, ConfigError, Problem, Stopped
+from shearling.errors import ConfigError, Problem, Stopped
 from shearling.evaluate.loss import HeldOut, heldout_losses, instead_of_all, packed, unpacked, update_subset
 from shearling.evaluate.speed import measure_speed
-from shearling.export import save_padded, save_weights
-from shearling.io.files import read_json
 from shearling.io.loading import load_stock
-from shearling.objectives.lm import token_losses
-from shearling.prune.verify import logits_of
+from shearling.objectives.lm import TokenLosses, in_training, token_losses
 from shearling.recipe import Recipe
 from shearling.show import Show, duration
 from shearling.sources import Source, open_source
 from shearling.steering import evaluation_cost, expected_note, measured_note, reference_losses, shares_of_run
 from shearling.texts import described, open_text, place_of_run
-from shearling.train.config import FitConfig, LoraConfig
-from shearling.train.loop import Errors, Losses, Progress, Surroundings, fit
-from shearling.train.lora import add_adapters, merge
+from shearling.train.config import FitConfig
+from shearling.train.loop import Errors, Losses, Progress, Surroundings
 from shearling.train.optim import choose_device, in_precision
-from shearling.train.parallel import make_mesh, parallelize, whole_weights
+from shearling.train.parallel import make_mesh, parallelize
 from shearling.train.stop import signal_name
 from shearling.world import World
 
@@ -88,15 +84,23 @@ class Context:
         return self.world.everywhere(fetched)
 
     @cached_property
+    def teacher_source(self) -> Source:
+        """The model that stages with `distill` learn from."""
+        teacher = self.recipe.teacher
+        if teacher is None or not (teacher.steps or teacher.model):
+            return self.source
+        path = str(self.path / "teacher" / "model") if teacher.steps else str(teacher.model)
+        return self.world.everywhere(lambda: open_source(path))
+
+    @cached_property
     def document_end(self) -> int | None:
         """Id of the mark at a document's end, where a token attends to its own document alone (`data.attend`); else None."""
         return self.tokens.document_end if self.recipe.data.attend == "document" else None
 
     @cached_property
-    def objective(self) -> Callable[[nn.Module, Tensor], Tensor]:
+    def losses(self) -> TokenLosses:
         """Cross-entropy in the recipe's precision."""
-        objective = partial(token_losses, document_end=self.document_end)
-        return in_precision(objective, self.device, self.recipe.runtime)
+        return in_precision(partial(token_losses, document_end=self.document_end), self.device, self.recipe.runtime)
 
     def place(self, load: Callable[[], nn.Module]) -> nn.Module:
         """The model that `load` gives on the CPU, set up on this run's device and processes; the processes of a machine load in turns."""
@@ -104,14 +108,9 @@ class Context:
         runtime, blocks, device, mesh = self.recipe.runtime, self.source.anatomy.family.anchors.layers, self.device, self.mesh
         return self.world.in_turns(lambda: parallelize(load(), blocks, runtime, device, mesh))
 
-    def load_pruned(self, adapters: LoraConfig | None = None) -> nn.Module:
-        """The cut model; frozen and with `adapters`, where those are trained in its place."""
-
-        def load() -> nn.Module:
-            model = load_stock(self.path / "pruned", torch.float32, "pruned")
-            return add_adapters(model, adapters, self.recipe.seed) if adapters else model
-
-        return self.place(load)
+    def load_pruned(self, fitted_out: Callable[[nn.Module], nn.Module] = lambda model: model) -> nn.Module:
+        """The cut model; what is to be put on it, before it is set up, `fitted_out` does."""
+        return self.place(lambda: fitted_out(load_stock(self.path / "pruned", torch.float32, "pruned")))
 
     @cached_property
     def heldout(self) -> dict[str, Rows]:
@@ -122,7 +121,7 @@ class Context:
         """Held-out losses of a model as it stands, on all held-out text or some. Raises `Stopped` where a signal asks for it on the way."""
         heldout = self.heldout if heldout is None else heldout
         size, between = self.recipe.evaluate.batch_size, self.check_stop
-        return heldout_losses(model, heldout, self.objective, batch_size=size, device=self.device, world=self.world, between=between)
+        return heldout_losses(model, heldout, self.losses, batch_size=size, device=self.device, world=self.world, between=between)
 
     def check_stop(self) -> None:
         """Raise `Stopped` on all processes where a signal asked any to stop; for work that has nothing to save. A collective."""
@@ -189,56 +188,6 @@ def measure_source(context: Context) -> dict[str, Any]:
     found = context.evaluate(context.place(context.source.load_model))
     fingerprint = context.world.rank0_decides(context.source.fingerprint)
     return {"loss": found.losses, "loss_error": found.errors, "sequence_losses": packed(found.sequences), "fingerprint": fingerprint}
-
-
-def train(context: Context, pruned: Mapping[str, Any], source_result: Mapping[str, Any]) -> dict[str, Any]:
-    """Continue pretraining the cut model and publish `model/`."""
-    config = context.recipe.train
-    model = context.load_pruned(adapters=config.lora)
-    around = surroundings(context, "train", config, source_result["loss"], pruned["sequence_losses"], offset=pruned["steps"])
-    start = Progress(
-        np.array(pruned["weights"], np.float64),
-        np.array(pruned["cursors"], np.int64),
-        heldout=dict(pruned["loss"]["pruned"]),
-        heldout_errors=dict(pruned["loss_error"]["pruned"]),
-    )
-    model.train()
-    progress = fit(model, config, around, start)
-    model.eval()
-    if config.lora:
-        merge(model)
-    ids, end = sample_ids(context), context.document_end
-    expected, weights = logits_of(model, ids, end), whole_weights(model, context.world)
-
-    def publish() -> None:
-        values = read_json(context.path / "pruned" / "config.json")
-        companions, final, dtype = context.source.save_companions, context.path / "model", _export_dtype(context)
-        save_weights(weights, expected, ids, values, companions, final, dtype, final.exists(), end)
-
-    context.world.rank0_decides(publish)
-    padded = context.world.rank0_decides(lambda: _pad(context)) if context.recipe.export.pad_to_uniform else None
-    epochs = around.loader.epochs(progress.cursors)
-    return {
-        "loss": {"final": progress.heldout},
-        "loss_error": {"final": progress.heldout_errors},
-        **steered(context, around, progress, config),
-        "tokens": progress.tokens,
-        "steps": progress.step,
-        "epochs": dict(zip(context.tokens.domains, epochs.round(3).tolist(), strict=True)),
-        "training_seconds": round(progress.seconds, 3),
-        **({"padded": padded} if padded else {}),
-    }
-
-
-def _pad(context: Context) -> dict[str, float] | None:
-    """Write `padded/` and what it costs; None, and a note, where `model/` is a stock checkpoint already."""
-    model = open_source(str(context.path / "model"))
-    if not model.anatomy.blocks:
-        context.show.note("all blocks are alike, so model/ is a stock checkpoint already: nothing to pad")
-        return None
-    found = save_padded(model, context.path / "padded")
-    context.show.note(f"padded/ has {found['after']:,} parameters, {found['ratio']:.2f} times those of model/")
-    return found
 
 
 def measure_result(context: Context) -> dict[str, Any]:
@@ -326,7 +275,7 @@ def surroundings(
             prefetch=context.recipe.runtime.prefetch,
             workers=context.recipe.runtime.loader_workers,
         ),
-        objective=context.objective,
+        objective=in_training(context.losses),
         evaluate=_evaluator(context, config, before),
         reweigh=reweigh,
         reference=reference or {},
@@ -379,15 +328,3 @@ def sample_ids(context: Context) -> Tensor:
     domain = context.tokens.domains[0]
     ids = np.asarray(context.tokens.sequences(domain, "heldout")[:VERIFY_SEQUENCES, :512], dtype=np.int64)
     return torch.from_numpy(ids).to(context.device)
-
-
-def _export_dtype(context: Context) -> torch.dtype:
-    asked = context.recipe.export.dtype
-    config = context.source.config
-    name = str(config.get("dtype") or config.get("torch_dtype") or "float32") if asked == "source" else asked
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    dtype = dtypes.get(name.removeprefix("torch."))
-    if dtype is None:
-        remedy = "Set export.dtype to float32, bfloat16 or float16."
-        raise ArtifactError("the source's dtype is not known", [Problem("dtype", name, remedy)])
-    return dtype

@@ -14,8 +14,8 @@ from shearling.shapes import anatomy_of_shape
 from shearling.steering import reported_losses
 from shearling.texts import described
 
-STAGES = ("prepare", "source", "prune", "train", "evaluate")
-"""The stages of a run, in order; a report can be made after any of them."""
+STAGES = ("prepare", "source", "teacher", "prune", "train", "evaluate")
+"""The stages of a run, in order; a report can be made after any of them. `teacher` is there where a recipe has it trained."""
 
 
 def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def summarise(path: Path, recipe: Recipe, source: Anatomy, target: Anatomy) -> d
         "seed": recipe.seed,
         "source": {"name": recipe.source, **sizes(source)},
         "model": {"path": "model" if "train" in found else None, **sizes(target)},
-        "tokens": {stage: found[stage]["tokens"] for stage in ("prune", "train") if stage in found},
+        "tokens": {stage: found[stage]["tokens"] for stage in ("teacher", "prune", "train") if stage in found},
         "seconds": {stage: result["seconds"] for stage, result in found.items()},
     }
     if "prepare" in found:

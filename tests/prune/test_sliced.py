@@ -21,7 +21,7 @@ from shearling import pruning, stages
 from shearling.arch.families import Anatomy, anatomy_of
 from shearling.data.loader import Loader
 from shearling.errors import ConfigError
-from shearling.objectives.lm import token_losses
+from shearling.objectives.lm import in_training, token_losses
 from shearling.prune.allocate import Masks, all_open, left
 from shearling.prune.attach import Attachment
 from shearling.prune.methods import choose
@@ -269,7 +269,7 @@ def test_dropped_moments_are_those_of_a_new_optimizer(broken: bool, tmp_path: Pa
         batch = loader.batch(40 + step, shares, cursors, np.arange(6))
         rate = fit_config.learning_rate * cosine_with_warmup(step, STEPS, 1, fit_config.final_learning_rate)
         ids_BT, how = torch.from_numpy(batch.ids), {"step": step, "microbatches": 2, "clip": fit_config.clip, "rate": rate}
-        losses.append(train_step(plain.model, ids_BT, batch.domains, token_losses, optimizer, **how).loss)  # type: ignore[arg-type]
+        losses.append(train_step(plain.model, ids_BT, batch.domains, in_training(token_losses), optimizer, **how).loss)  # type: ignore[arg-type]
         cursors = batch.cursors
         if step in (2, 3):
             optimizer = build_optimizer(plain.model, fit_config)

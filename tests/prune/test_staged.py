@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from models import FAMILIES, tiny_config, tiny_model
 from shearling.arch.families import Anatomy, anatomy_of
 from shearling.io.tensors import MemoryReader
-from shearling.objectives.lm import token_losses
+from shearling.objectives.lm import in_training, token_losses
 from shearling.prune.allocate import Masks, adapted, all_open, left, ranked, to_shape
 from shearling.prune.attach import Attachment
 from shearling.prune.config import AllocationConfig
@@ -81,7 +81,7 @@ def train(
             model,
             DATA[step],
             np.zeros(4, int),
-            exact_losses,
+            in_training(exact_losses),
             optimizer,
             **{"step": step, "microbatches": 2, "clip": clip, "rate": rate, "gates": gates},
             object_to=lambda loss, norm, step=step: "a spike" if step in skip else None,

@@ -19,7 +19,7 @@ from ranks import codes, launch
 from shearling.arch.families import anatomy_of
 from shearling.errors import ArtifactError, ConfigError, Stopped
 from shearling.io.loading import load_stock
-from shearling.objectives.lm import token_losses
+from shearling.objectives.lm import in_training, token_losses
 from shearling.prune.verify import difference_of, logits_of
 from shearling.recipe import load_recipe
 from shearling.train import checkpoint
@@ -68,7 +68,7 @@ def take_steps(model: nn.Module, steps: int = 3, objective: Any = token_losses) 
     optimizer = build_optimizer(model, TrainConfig(learning_rate=1e-2))
     for step in range(1, steps + 1):
         zeros = np.zeros(4, np.int64)
-        train_step(model, ids(seed=step), zeros, objective, optimizer, step=step, microbatches=2, clip=1.0, rate=1e-2)
+        train_step(model, ids(seed=step), zeros, in_training(objective), optimizer, step=step, microbatches=2, clip=1.0, rate=1e-2)
     return model
 
 

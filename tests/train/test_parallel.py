@@ -32,7 +32,7 @@ def _same_bits() -> None:
 
     from models import tiny_model
     from shearling.arch.families import anatomy_of
-    from shearling.objectives.lm import token_losses
+    from shearling.objectives.lm import in_training, token_losses
     from shearling.prune.attach import Attachment
     from shearling.prune.config import GateConfig
     from shearling.prune.gates import Gates, gate_specs
@@ -62,7 +62,7 @@ def _same_bits() -> None:
                     model,
                     ids,
                     np.zeros(4, np.int64),
-                    token_losses,
+                    in_training(token_losses),
                     optimizer,
                     step=step,
                     microbatches=2,

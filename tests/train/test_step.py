@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from shearling.errors import PeerError
-from shearling.objectives.lm import token_losses
+from shearling.objectives.lm import in_training, token_losses
 from shearling.train.config import FitConfig
 from shearling.train.optim import build_optimizer
 from shearling.train.step import StepResult, own_microbatches, own_rows, squared_norm, train_step
@@ -63,7 +63,7 @@ def taken(stage: Stage, microbatches: int, world: World | None = None, clip: flo
     ids, domains = a_batch(12)
     mine = ids[own_rows(12, microbatches, world or World())]
     options: dict[str, Any] = {"step": 1, "microbatches": microbatches, "clip": clip, "rate": 0.1, "gates": stage.gates, "world": world}
-    return train_step(stage.model, mine, domains, token_losses, optimizer, **options), optimizer.gradients
+    return train_step(stage.model, mine, domains, in_training(token_losses), optimizer, **options), optimizer.gradients
 
 
 def alone(stage: Stage, microbatches: int) -> list[list[Tensor]]:
@@ -111,7 +111,7 @@ def test_every_number_of_microbatches_is_the_same_step(microbatches: int) -> Non
 
     optimizer = Capture(model.parameters(), lr=0.1)
     domains = np.zeros(len(ids), np.int64)
-    found = train_step(model, ids, domains, losses, optimizer, step=1, microbatches=microbatches, clip=HUGE, rate=0.1)
+    found = train_step(model, ids, domains, in_training(losses), optimizer, step=1, microbatches=microbatches, clip=HUGE, rate=0.1)
     mean = losses(model, ids).mean()
     assert found.loss == pytest.approx(mean.item(), rel=1e-12) and found.tokens == ids.numel()
     for gradient, expected in zip(optimizer.gradients, torch.autograd.grad(mean, list(model.parameters())), strict=True):
@@ -220,7 +220,7 @@ def test_a_step_is_adam_by_hand() -> None:
     before = [parameter.detach().clone() for parameter in stage.model.parameters()]
     optimizer = build_optimizer(stage.model, FitConfig(**{**stage.config.model_dump(), "weight_decay": 0.1}))
     ids, domains = a_batch(12)
-    train_step(stage.model, ids, domains, token_losses, optimizer, step=1, microbatches=2, clip=0.5, rate=0.03)
+    train_step(stage.model, ids, domains, in_training(token_losses), optimizer, step=1, microbatches=2, clip=0.5, rate=0.03)
     for parameter, old, gradient in zip(stage.model.parameters(), before, gradients, strict=True):
         expected = old * (1 - 0.03 * 0.1) - 0.03 * gradient / (gradient.abs() + 1e-8)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
@@ -239,7 +239,7 @@ def test_a_skipped_step_asks_before_it_touches_anything() -> None:
     weights = {name: p.detach().clone() for name, p in stage.model.named_parameters()}
     gates = {name: tensor.clone() for name, tensor in stage.gates.tensors().items()}  # type: ignore[union-attr]
     options: dict[str, Any] = {"step": 1, "microbatches": 3, "clip": 1e-3, "rate": 0.5, "gates": stage.gates, "object_to": refuse}
-    found = train_step(stage.model, ids, domains, token_losses, optimizer, **options)
+    found = train_step(stage.model, ids, domains, in_training(token_losses), optimizer, **options)
     assert found.skipped == "as asked" and asked == [(found.loss, found.gradient_norm)] and found.tokens == 120
     assert all(torch.equal(p, weights[name]) and p.grad is None for name, p in stage.model.named_parameters())
     assert all(torch.equal(tensor, gates[name]) for name, tensor in stage.gates.tensors().items())  # type: ignore[union-attr]

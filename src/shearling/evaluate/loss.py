@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from shearling.data.order import sample_indices
-from shearling.objectives.lm import Objective
+from shearling.objectives.lm import TokenLosses
 from shearling.world import World
 
 Floats = NDArray[np.float64]
@@ -38,7 +38,7 @@ class HeldOut:
 def heldout_losses(
     model: nn.Module,
     heldout: Mapping[str, Any],
-    objective: Objective,
+    losses: TokenLosses,
     *,
     batch_size: int,
     device: torch.device,
@@ -63,7 +63,7 @@ def heldout_losses(
             number = first + world.rank
             domain, start = batches[min(number, len(batches) - 1)]
             ids_BT = torch.from_numpy(np.asarray(heldout[domain][start : start + batch_size], dtype=np.int64)).to(device)
-            losses_B = objective(model, ids_BT).double().mean(1).cpu()
+            losses_B = losses(model, ids_BT).double().mean(1).cpu()
             if number < len(batches):
                 at = begins[domain] + start
                 found[at : at + len(losses_B)] = losses_B

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from shearling.config import Config
+from shearling.objectives.config import DistillConfig
 
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -50,6 +51,13 @@ class FitConfig(Config):
         return self
 
 
+class StageConfig(FitConfig):
+    """A stage that may learn from another model."""
+
+    distill: DistillConfig | None = None
+    """Learn from the source beside the text; left out, from the text alone."""
+
+
 class LoraConfig(Config):
     """Low-rank adapters, which are trained in the place of the weights and merged into them at the end (LoRA, arXiv 2106.09685).
 
@@ -73,7 +81,7 @@ class LoraConfig(Config):
     """Projections that get an adapter, in every block, by the last part of their names."""
 
 
-class TrainConfig(FitConfig):
+class TrainConfig(StageConfig):
     """Continued pretraining of the cut model."""
 
     steps: Annotated[int, Field(ge=0)] = 48000
@@ -88,6 +96,27 @@ class TrainConfig(FitConfig):
     """Steps between held-out evaluations, each followed by an update of the mixture; there is one after the last step, too."""
     lora: LoraConfig | None = None
     """Train low-rank adapters alone and merge them into the weights at the end; left out, all weights are trained."""
+
+
+class TeacherConfig(FitConfig):
+    """The model that others learn from, where `distill` asks for it; it may be trained on the text first.
+
+    That a teacher which does not know the distribution of the text teaches it worse, and that some training helps, is from Minitron
+    (Sreenivas et al., arXiv 2408.11796, section 2.1, "teacher correction").
+    """
+
+    model: str | None = Field(default=None, min_length=1)
+    """A Hugging Face directory, a hub id, or a GGUF file, of the source's vocabulary; left out, the source."""
+    steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps of training it on the recipe's text first; their tokens count as the run's."""
+    batch_size: Count = 256
+    """Sequences of one step."""
+    microbatches: Count = 16
+    """Forward and backward passes that make up one step; fixed, so that results do not hang on the machine."""
+    warmup: Fraction = 0.03
+    """Share of the steps over which the learning rate rises."""
+    evaluate_every: Count = 400
+    """Steps between held-out evaluations, each followed by an update of the mixture; there is one after the last step, too."""
 
 
 class RuntimeConfig(Config):

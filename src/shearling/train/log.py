@@ -1,8 +1,10 @@
 """The log of a run: one JSON line a step in `metrics.jsonl`, and the same numbers as TensorBoard scalars in `events/`.
 
 A line holds `stage`, `step` (1-based in its stage; step 0 is the evaluation before the first) and `loss` in nats per token;
-everything else is there when it was measured:
+everything else is there when it was measured. In a stage that learns from another model `loss` is what was minimised, of whose
+`terms` the cross-entropy is `text`.
 
+    terms         {what the loss is made of: x}
     domain_loss, weights, heldout, reference   {domain: x}; heldout and reference in nats per token, heldout with its "mean"
     heldout_error {domain: standard error of heldout}, null where there is none; with that of "mean"
     sizes         {axis: {"expected", "target" (as scheduled), "worst" (largest distance of a vector of the axis from target)}}

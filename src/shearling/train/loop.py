@@ -306,6 +306,8 @@ def _line(
         "tokens_per_second": result.tokens / seconds,
         "seconds": progress.seconds,
     }
+    if result.terms:
+        line["terms"] = result.terms
     if gates is not None:
         found = gates.metrics(progress.step)
         line["learning_rate"] |= found.pop("learning_rate")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
+from typing import ParamSpec, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from shearling.errors import ConfigError, Problem
-from shearling.objectives.lm import Objective
 from shearling.train.config import FitConfig, RuntimeConfig
+
+Given = ParamSpec("Given")
+Found = TypeVar("Found")
 
 
 def choose_device(runtime: RuntimeConfig, local_rank: int = 0, local_size: int = 1) -> torch.device:
@@ -68,8 +72,8 @@ def build_optimizer(model: nn.Module, config: FitConfig) -> torch.optim.AdamW:
     )
 
 
-def in_precision(objective: Objective, device: torch.device, runtime: RuntimeConfig) -> Objective:
-    """The same objective, computed under autocast where the recipe asks for less than float32.
+def in_precision(objective: Callable[Given, Found], device: torch.device, runtime: RuntimeConfig) -> Callable[Given, Found]:
+    """The same objective, or losses, computed under autocast where the recipe asks for less than float32.
 
     Autocast keeps its low-precision copies of all weights until the end of the forward pass; with activation checkpointing, which is
     asked for to save memory, it makes them anew.
@@ -79,8 +83,8 @@ def in_precision(objective: Objective, device: torch.device, runtime: RuntimeCon
         reduced, keep = runtime.precision == "bfloat16", not runtime.activation_checkpointing
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=reduced, cache_enabled=keep)
 
-    def computed(model: nn.Module, ids_BT: Tensor) -> Tensor:
+    def computed(*args: Given.args, **kwargs: Given.kwargs) -> Found:
         with context():
-            return objective(model, ids_BT)
+            return objective(*args, **kwargs)
 
     return computed

@@ -48,6 +48,8 @@ class StepResult:
     gradient_norm: float
     """Norm of the weights' gradient before clipping."""
     tokens: int
+    terms: dict[str, float]
+    """Means of what the loss is made of, by name, where the objective tells."""
     skipped: str | None = None
     """Why nothing was updated, where nothing was."""
 
@@ -89,7 +91,7 @@ def train_step(
     weights = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     own = own_microbatches(microbatches, world)
     sums = GradientSums(weights, list(gates.parameters()) if gates is not None else [], microbatches, world)
-    losses: list[Tensor] = []
+    values: list[Tensor] = []
     chunks = ids_BT.chunk(len(own))
     for position, (number, chunk) in enumerate(zip(own, chunks, strict=True)):
         last = position == len(own) - 1
@@ -97,15 +99,17 @@ def train_step(
         if gates is not None:
             gates.draw(step, number)
         before_backward(model, last, frees)
-        found = objective(model, chunk)
-        (found.sum() / (sequences * predicted)).backward()  # type: ignore[no-untyped-call]
+        found = objective(model, chunk, step)
+        (found["loss"].sum() / (sequences * predicted)).backward()  # type: ignore[no-untyped-call]
         sums.add(last)
-        losses.append(found.detach().sum(1) / predicted)
-    losses_R = torch.zeros(sequences, dtype=torch.float64)
-    losses_R[own_rows(sequences, microbatches, world)] = torch.cat(losses).double().cpu()
-    # What all processes decide by, in one exchange: every sequence's loss (zero on the others), the square of the gradient's norm.
-    shared = world.sum_(torch.cat([losses_R, squared_norm(weights).cpu()[None]]))
-    sequence_losses, norm = shared[:-1].numpy(), float(shared[-1].sqrt().float())
+        values.append(torch.stack([value.detach().sum(1) / predicted for value in found.values()]))
+    names = list(found)
+    values_KR = torch.zeros(len(names), sequences, dtype=torch.float64)
+    values_KR[:, own_rows(sequences, microbatches, world)] = torch.cat(values, dim=1).double().cpu()
+    # What all processes decide by, in one exchange: every sequence's values (zero on the others), the square of the gradient's norm.
+    shared = world.sum_(torch.cat([values_KR.flatten(), squared_norm(weights).cpu()[None]]))
+    named, norm = dict(zip(names, shared[:-1].view(-1, sequences).numpy(), strict=True)), float(shared[-1].sqrt().float())
+    sequence_losses = named.pop("loss")
     loss = float(sequence_losses.mean())
     # in fp32, in which the gates' second moments are: a square that overflows there must not reach them
     gates_norm = float(squared_norm(sums.replicated).float().sqrt()) if sums.replicated else 0.0
@@ -121,7 +125,8 @@ def train_step(
     for parameter in (*weights, *sums.replicated):
         parameter.grad = None
     by_domain = {int(d): float(sequence_losses[domains_R == d].mean()) for d in np.unique(domains_R)}
-    return StepResult(loss, by_domain, norm, sequences * ids_BT.shape[1], skipped)
+    terms = {name: float(of_sequences.mean()) for name, of_sequences in named.items()}
+    return StepResult(loss, by_domain, norm, sequences * ids_BT.shape[1], terms, skipped)
 
 
 class GradientSums:
