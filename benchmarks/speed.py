@@ -1,4 +1,4 @@
-"""Time pruning against training, dynamic against static loading, and the sheared model against its source, side by side.
+"""Time pruning and distillation against training, dynamic against static loading, and the sheared model against its source, side by side.
 
     python benchmarks/speed.py --source MODEL [--sequences 8] [--length 128] [--rounds 9]
 
@@ -27,7 +27,11 @@ from shearling.data import mixture
 from shearling.data.loader import Loader
 from shearling.evaluate.speed import measure_speed
 from shearling.io.tensors import MemoryReader
+from shearling.objectives.config import DistillConfig
+from shearling.objectives.distill import Distillation
 from shearling.objectives.lm import in_training, token_losses
+from shearling.objectives.states import States, add_projectors, start_projectors
+from shearling.objectives.teacher import Teacher, take_off_head
 from shearling.prune.attach import Attachment
 from shearling.prune.config import GateConfig
 from shearling.prune.gates import Gates, gate_specs
@@ -41,9 +45,16 @@ from shearling.train.config import RuntimeConfig, TrainConfig
 from shearling.train.optim import build_optimizer, choose_device, in_precision
 from shearling.train.parallel import parallelize
 from shearling.train.step import train_step
+from shearling.world import World
 
 TARGET = Target(hidden_size=432, num_hidden_layers=24, num_attention_heads=6, num_key_value_heads=3, intermediate_size=1024)
 H100_BF16 = 989e12
+DISTILLED = {
+    "logits": DistillConfig(),
+    "64 likeliest logits": DistillConfig(top_k=64),
+    "logits and states": DistillConfig(hidden=0.1, blocks=0.1),
+}
+"""What is learnt from the source in the measurements of distillation."""
 
 
 class Steps:
@@ -54,9 +65,14 @@ class Steps:
         gpu = self.device.type == "cuda"
         self.anatomy = source.anatomy
         blocks = self.anatomy.family.anchors.layers
-        self.model = parallelize(source.load_model(), blocks, RuntimeConfig(compile=gpu), self.device, None).train()
+        runtime = RuntimeConfig(compile=gpu)
+        model = add_projectors(
+            source.load_model(), ("hidden", "blocks"), self.anatomy.sizes["hidden"]
+        )  # idle but where states are compared
+        self.model = parallelize(model, blocks, runtime, self.device, None).train()
         self.config = TrainConfig(batch_size=args.sequences, microbatches=1, learning_rate=1e-5)
         self.losses = in_precision(token_losses, self.device, RuntimeConfig())
+        self.objective = in_training(self.losses)
         self.optimizer = build_optimizer(self.model, self.config)
         self.args, self.number = args, 0
 
@@ -75,7 +91,7 @@ class Steps:
             self.model,
             ids,
             np.zeros(len(ids), dtype=np.int64),
-            in_training(self.losses),
+            self.objective,
             self.optimizer,
             step=self.number,
             microbatches=1,
@@ -85,6 +101,17 @@ class Steps:
         )
         self._wait()
         return time.perf_counter() - began
+
+    def learn(self, config: DistillConfig, source: Source) -> None:
+        """From the next step on learn from the source."""
+        layers, count = self.anatomy.family.anchors.layers, self.anatomy.sizes["layer"]
+        teacher = source.load_model(torch.bfloat16).requires_grad_(False)
+        head = take_off_head(teacher).to(self.device)
+        teacher = parallelize(teacher, layers, RuntimeConfig(compile=self.device.type == "cuda"), self.device, None).eval()
+        watched = [States(model, layers, True, range(count)) if config.states else None for model in (self.model, teacher)]
+        taught = Teacher(teacher, head, temperature=config.temperature, top_k=config.top_k, states=watched[1])
+        start_projectors(self.model, teacher, World())
+        self.objective = in_precision(Distillation(config, taught, watched[0], 1), self.device, RuntimeConfig())
 
     def learner(self) -> tuple[GateLearner, Attachment]:
         """Gates on the model, as the recipes have them."""
@@ -127,17 +154,41 @@ def step_times(source: Source, args: argparse.Namespace) -> None:
         print(line)
 
 
-def peak_memory(args: argparse.Namespace) -> None:
-    """Peak memory of a pruning process over that of a plain one."""
+def distilling_times(source: Source, args: argparse.Namespace) -> None:
+    """Time of a step of the source that learns from the source, over one that learns from the text. A forward pass is a third of a step."""
+    steps = Steps(source, args)
+    objectives = {"training": steps.objective}
+    for kind, config in DISTILLED.items():
+        steps.learn(config, source)
+        objectives[kind] = steps.objective
+    times: dict[str, list[float]] = {kind: [] for kind in objectives}
+    for round_ in range(args.rounds + 2):
+        kinds = list(objectives) if round_ % 2 else list(reversed(objectives))
+        for kind in kinds:
+            steps.objective = objectives[kind]
+            spent = steps.step(None)
+            if round_ >= 2:
+                times[kind].append(spent)
+    for kind in DISTILLED:
+        ratio = statistics.median(b / a for a, b in zip(times["training"], times[kind], strict=True))
+        print(f"distilling step / training step, time, {kind + ':':24s} {ratio:.3f}")
+
+
+def peak_memory(args: argparse.Namespace, source: Source) -> None:
+    """Peak memory of a process that prunes, or distils, over that of a plain one; of the source's weights only the fp32 ones count."""
     peaks = {}
-    for kind in ("training", "pruning"):
+    for kind in ("training", "pruning", *DISTILLED):
         command = [sys.executable, __file__, "--only", kind, "--source", args.source]
         command += ["--sequences", str(args.sequences), "--length", str(args.length)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         peaks[kind] = json.loads(done.stdout.splitlines()[-1])["peak_bytes"]
     print(f"pruning step / training step, memory: {peaks['pruning'] / peaks['training']:.3f}")
+    weights = 4 * source.anatomy.parameters()
+    for kind in DISTILLED:
+        ratio = (peaks[kind] - weights) / peaks["training"]
+        print(f"(distilling step less the source's weights) / training step, memory, {kind + ':':24s} {ratio:.3f}")
     for kind, peak in peaks.items():
-        print(f"  {kind:9s} {peak / 2**30:10.2f} GiB at its peak")
+        print(f"  {kind:24s} {peak / 2**30:10.2f} GiB at its peak")
 
 
 def only(kind: str, source: Source, args: argparse.Namespace) -> None:
@@ -145,6 +196,8 @@ def only(kind: str, source: Source, args: argparse.Namespace) -> None:
     steps = Steps(source, args)
     if kind == "pruning":
         learner, _ = steps.learner()
+    if kind in DISTILLED:
+        steps.learn(DISTILLED[kind], source)
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     for _ in range(3):
         steps.step(learner if kind == "pruning" else None)
@@ -234,7 +287,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--peak-flops", type=float, default=H100_BF16)
-    parser.add_argument("--only", choices=["training", "pruning"])
+    parser.add_argument("--only", choices=["training", "pruning", *DISTILLED])
     args = parser.parse_args()
     source = open_source(args.source)
     if args.only:
@@ -242,7 +295,8 @@ def main() -> None:
         return
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}, {choose_device(RuntimeConfig())}")
     step_times(source, args)
-    peak_memory(args)
+    distilling_times(source, args)
+    peak_memory(args, source)
     loading_times(source, args)
     serving_speed(source, args)
 
