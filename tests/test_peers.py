@@ -138,15 +138,15 @@ def test_a_percentage_keeps_exactly_the_neurons_that_were_meant(neurons: int) ->
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_what_fits_is_the_most_that_fits(tied: bool) -> None:
-    whole = anatomy(tied=tied, layers=4, neurons=12)
+    whole = anatomy(tied=tied, layers=3, neurons=8)
     sizes = {
-        (layers, neurons): whole.with_sizes(layer=layers, neuron=neurons).parameters() for layers in range(1, 5) for neurons in range(1, 13)
+        (layers, neurons): whole.with_sizes(layer=layers, neuron=neurons).parameters() for layers in range(1, 4) for neurons in range(1, 9)
     }
     for limit in [size + by for size in sizes.values() for by in (-1, 0, 1)]:
-        for layers in range(1, 5):
-            most = max((n for n in range(1, 13) if sizes[layers, n] <= limit), default=0)
+        for layers in range(1, 4):
+            most = max((n for n in range(1, 9) if sizes[layers, n] <= limit), default=0)
             assert max(0, peers.neurons_that_fit(whole, layers, limit)) == most
-        most = max((n for n in range(1, 5) if sizes[n, 12] <= limit), default=0)
+        most = max((n for n in range(1, 4) if sizes[n, 8] <= limit), default=0)
         assert max(0, peers.layers_that_fit(whole, limit)) == most
 
 
