@@ -14,6 +14,9 @@ DATA is a folder that `shearling prepare` made, or a run directory; with it the 
 checkpoint must load with plain transformers and have the shape that was planned. Environments stand in --envs (left out: DIR/envs) and
 are made once; pip's own settings say where packages come from (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu spares the
 gigabytes of CUDA). Interrupted, the same command goes on; a peer that is done is not done again.
+
+mergekit 0.1.5 drops layers of Llama and Mistral alone: with transformers 5, configs that list a kind for each layer (Qwen2, Qwen3) keep the
+list of the source, and are refused when mergekit saves them.
 """
 
 from __future__ import annotations
@@ -240,15 +243,20 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def make(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Make what is missing; the peer.json of every peer that was asked for."""
+def make(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[ShearlingError]]:
+    """Make what is missing; the peer.json of every peer that is there then, and why others are not.
+
+    Raises `ShearlingError` for what is wrong before any of them is made, or with all.
+    """
     names = args.peers.split(",")
     problems = [Problem("--peers", name, f"The peers are {', '.join(PEERS)}.") for name in names if name not in PEERS]
     if args.data is None:
         problems += [Problem("--data", "none", f"{name} looks at text.") for name in names if name in PEERS and PEERS[name].looks]
     if problems:
         raise ConfigError("this cannot be done", problems)
-    source, rows = open_source(args.source), []
+    source = open_source(args.source)
+    rows: list[dict[str, Any]] = []
+    failures: list[ShearlingError] = []
     if source.anatomy.blocks:
         raise ShapeError("the source's blocks differ", [Problem("--source", source.name, "Give one whose blocks are alike.")])
     for name in names:
@@ -257,17 +265,26 @@ def make(args: argparse.Namespace) -> list[dict[str, Any]]:
     with RunLock(args.out / ".lock"):
         sweep_temporary(args.out)
         for name in names:
-            text = tokens if PEERS[name].looks else None
-            asked = asked_of(name, source, args.parameters, text)
-            values = done_before(args.out / name, asked)
-            print(f"{name}: {'cutting' if values is None else 'done before'}", flush=True)
-            if values is None:
-                python = environment(PEERS[name], args.envs or args.out / "envs")
-                with directory_of(source, args.out) as directory:
-                    values = cut(directory, source, asked, args.out, python, None if text is None else calibration_rows(text))
-            rows.append(values if tokens is None else measured(args.out / name, values, args.data, tokens))
-            print(f"{name}: {values['parameters']:,} parameters", flush=True)
-    return rows
+            try:
+                rows.append(one(name, source, args, tokens))
+            except ShearlingError as error:  # another may well be made
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                failures.append(error)
+    return rows, failures
+
+
+def one(name: str, source: Source, args: argparse.Namespace, tokens: TokenSet | None) -> dict[str, Any]:
+    """The peer.json of one peer, which is made if it is not there, and measured on `tokens` (`--data`, opened) if they are given."""
+    text = tokens if PEERS[name].looks else None
+    asked = asked_of(name, source, args.parameters, text)
+    values = done_before(args.out / name, asked)
+    print(f"{name}: {'cutting' if values is None else 'done before'}", flush=True)
+    if values is None:
+        python = environment(PEERS[name], args.envs or args.out / "envs")
+        with directory_of(source, args.out) as directory:
+            values = cut(directory, source, asked, args.out, python, None if text is None else calibration_rows(text))
+    print(f"{name}: {values['parameters']:,} parameters", flush=True)
+    return values if tokens is None else measured(args.out / name, values, args.data, tokens)
 
 
 def main() -> None:
@@ -280,7 +297,11 @@ def main() -> None:
     parser.add_argument("--envs", type=Path)
     parser.add_argument("--data", type=Path)
     try:
-        print(table(make(parser.parse_args())))
+        rows, failures = make(parser.parse_args())
+        if rows:
+            print(table(rows))
+        if failures:
+            sys.exit(failures[0].exit_code)
     except ShearlingError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -163,9 +163,11 @@ def mergekit(job: dict[str, Any]) -> dict[str, Any]:
     try:
         options = ["--quiet", "--no-copy-tokenizer", "--no-write-model-card"]
         program = [sys.executable, "-m", "mergekit.scripts.run_yaml", str(path), job["out"], *options]
-        subprocess.run(program, check=True, stdout=sys.stderr)
+        ended = subprocess.run(program, stdout=sys.stderr)
     finally:
         path.unlink()
+    if ended.returncode:
+        sys.exit(ended.returncode)
     named = slices_of("SOURCE", layers, dropped, start)
     return {
         "settings": {"config": named, "options": options},

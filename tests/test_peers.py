@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -120,10 +121,11 @@ def envs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make(source: Path, out: Path, envs: Path, names: str, data: Path | None = None, limit: int = LIMIT) -> list[dict[str, Any]]:
-    found = peers.make(argparse.Namespace(source=str(source), out=out, parameters=limit, peers=names, envs=envs, data=data))
-    assert isinstance(found, list)
-    return found
+def make(
+    source: Path, out: Path, envs: Path, names: str, data: Path | None = None, limit: int = LIMIT
+) -> tuple[dict[str, dict[str, Any]], list[ShearlingError]]:
+    rows, failures = peers.make(argparse.Namespace(source=str(source), out=out, parameters=limit, peers=names, envs=envs, data=data))
+    return {row["peer"]: row for row in rows}, failures
 
 
 def anatomy(**sizes: Any) -> Anatomy:
@@ -209,7 +211,8 @@ def test_rows_come_from_all_domains_alike(text: Path) -> None:
 def test_cuts_are_checked_published_and_not_made_twice(deep: Path, text: Path, envs: Path, tmp_path: Path) -> None:
     """The whole way of both tools, with text and without."""
     out = tmp_path / "out"
-    found = {row["peer"]: row for row in make(deep, out, envs, "optipfair-text,mergekit", text)}
+    found, failures = make(deep, out, envs, "optipfair-text,mergekit", text)
+    assert set(found) == {"optipfair-text", "mergekit"} and not failures
     for name, row in found.items():
         model = AutoModelForCausalLM.from_pretrained(out / name)
         assert sum(weight.numel() for weight in model.parameters()) == row["parameters"] <= LIMIT
@@ -228,24 +231,24 @@ def test_cuts_are_checked_published_and_not_made_twice(deep: Path, text: Path, e
     assert kept[last].equal(weights["model.layers.5.mlp.up_proj.weight"])
     assert {path.name for path in out.iterdir()} == {"optipfair-text", "mergekit", ".lock"}
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    again = {row["peer"]: row for row in make(deep, out, tmp_path / "none", "optipfair-text,mergekit", text)}
-    assert again == found and before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
-    with pytest.raises(OutputError, match="another parameters_at_most"):
-        make(deep, out, envs, "mergekit", limit=LIMIT - 1)
+    assert make(deep, out, tmp_path / "none", "optipfair-text,mergekit", text) == (found, [])
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
+    rows, (failure,) = make(deep, out, envs, "mergekit", limit=LIMIT - 1)
+    assert not rows and isinstance(failure, OutputError) and "another parameters_at_most" in str(failure)
 
 
-def test_what_a_tool_breaks_off_is_not_published(deep: Path, tmp_path: Path) -> None:
-    peer = peers.PEERS["mergekit"]
+def test_what_a_tool_breaks_off_is_not_published_and_others_go_on(deep: Path, envs: Path, tmp_path: Path) -> None:
     python = tmp_path / "envs" / "mergekit" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text("#!/bin/sh\nexit 3\n")
     python.chmod(0o755)
-    constraints = (BENCHMARKS.parent / "constraints.txt").read_text().splitlines()
-    wanted = [next(line for line in constraints if line.startswith("torch==")), peer.requirement]
-    (python.parents[1] / peers.DONE).write_text(json.dumps(wanted))
-    with pytest.raises(ShearlingError, match="mergekit: the tool ended with code 3"):
-        make(deep, tmp_path / "out", tmp_path / "envs", "mergekit")
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock"}
+    shutil.copy(envs / "mergekit" / peers.DONE, python.parents[1] / peers.DONE)
+    there = tmp_path / "out" / "optipfair" / "peer.json"
+    there.parent.mkdir(parents=True)
+    there.write_text(json.dumps({**peers.asked_of("optipfair", open_source(deep), LIMIT, None), "parameters": 49_000}))
+    rows, (failure,) = make(deep, tmp_path / "out", tmp_path / "envs", "mergekit,optipfair")
+    assert "mergekit: the tool ended with code 3" in str(failure)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {".lock", "optipfair"} == {".lock", *rows}
 
 
 def test_a_checkpoint_of_another_shape_is_refused(deep: Path) -> None:
