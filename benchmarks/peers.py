@@ -35,13 +35,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import shearling
 from shearling.arch.families import Anatomy
 from shearling.data.tokens import TokenSet
 from shearling.errors import ArtifactError, ConfigError, OutputError, Problem, ShapeError, ShearlingError
-from shearling.export import staging
+from shearling.export import stage_model, staging
 from shearling.io.files import RunLock, read_json, sweep_temporary, write_atomic
+from shearling.io.tensors import ShardWriter
 from shearling.sources import Source, open_source
 from shearling.texts import find_text, open_text
 
@@ -119,8 +121,8 @@ def environment(peer: Peer, envs: Path) -> Path:
     Raises `OutputError` where something stands in its place that is no environment, `ShearlingError` where pip fails.
     """
     folder = envs / peer.tool
-    torch = next(line for line in (HERE.parent / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
-    wanted, python = [torch, peer.requirement], folder / "bin" / "python"
+    pinned = next(line for line in (HERE.parent / "constraints.txt").read_text().splitlines() if line.startswith("torch=="))
+    wanted, python = [pinned, peer.requirement], folder / "bin" / "python"
     if (folder / DONE).is_file() and read_json(folder / DONE) == wanted:
         return python
     if folder.exists() and any(folder.iterdir()) and not (folder / "pyvenv.cfg").is_file():
@@ -141,15 +143,18 @@ def environment(peer: Peer, envs: Path) -> Path:
 
 @contextlib.contextmanager
 def directory_of(source: Source, work: Path) -> Iterator[Path]:
-    """A Hugging Face directory of the source; a GGUF is written out as one below `work` for as long as it is needed."""
+    """A Hugging Face directory of the source; a GGUF is written out as one, in fp32, below `work` for as long as it is needed."""
     if source.gguf_file is None:
         source.check()
         yield source.directory
         return
     work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=work, prefix=".tmp-source-") as folder:
-        source.load_model().save_pretrained(folder)
-        source.save_companions(Path(folder))
+        reader = source.reader()
+        with ShardWriter(folder) as writer:
+            for tensor in source.anatomy.tensors():
+                writer.add(tensor, reader.get(tensor))
+        stage_model(Path(folder), source.config, source.save_companions, torch.float32)
         yield Path(folder)
 
 

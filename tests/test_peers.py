@@ -29,9 +29,12 @@ LIMIT = 50_000
 OPTIPFAIR = """
 import torch
 
+looked = []
+
 
 def analyze_layer_importance(model, dataloader, show_progress):
     assert all(batch["input_ids"].shape == batch["attention_mask"].shape for batch in dataloader)
+    looked.append(dataloader)
     return {layer: -layer for layer in range(model.config.num_hidden_layers)}
 
 
@@ -41,6 +44,7 @@ def prune_model(model, pruning_type, show_progress, layer_indices=None, num_laye
         model.model.layers = torch.nn.ModuleList(layer for at, layer in enumerate(model.model.layers) if at not in layer_indices)
         model.config.num_hidden_layers = len(model.model.layers)
         return model
+    assert neuron_selection_method == "MAW" and [dataloader] == looked
     neurons = model.config.intermediate_size
     model.config.intermediate_size = kept = neurons - int(pruning_percentage / 100 * neurons)
     for layer in model.model.layers:
