@@ -116,26 +116,37 @@ def plan(source: str | Path, target: Mapping[str, int] | Target | None = None, *
 
 def evaluate(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | None = None,
     *,
     batch_size: int = 8,
     speed: bool = True,
     precision: str = "bfloat16",
     device: str = "auto",
     attend: str | None = None,
+    tasks: str | Sequence[str] | None = None,
+    task_data: str | Path | None = None,
+    task_limit: int | None = None,
+    out: str | Path | None = None,
+    show: Show | None = None,
 ) -> dict[str, Any]:
-    """Held-out loss by domain, in nats/token, and speed in tokens/s of any model.
+    """Held-out loss by domain, in nats/token, speed in tokens/s, and zero-shot tasks of any model.
 
     Args:
         model: a Hugging Face directory, a hub id, or a GGUF file.
-        data: a folder that `prepare` made, or the URL of one, or a run directory.
+        data: a folder that `prepare` made, or the URL of one, or a run directory; left out, no losses.
         attend: what a token attends to: `sequence` or `document`, as `data.attend` of a recipe; left out, as the run directory's
             recipe says, and where `data` is none, sequence.
+        tasks: names of EleutherAI's lm-evaluation-harness, a list or a text with commas; docs/evaluation.md lists them.
+        task_data: the folder with the tasks' documents; left out, the harness gets them from the hub.
+        task_limit: documents of each task, evenly spaced; left out, all.
+        out: a JSON file that keeps each task when it is done; called again, it goes on after the last.
+        show: where progress goes; nowhere if left out.
     """
     from shearling.measure import measure_model
 
     how: dict[str, Any] = {"batch_size": batch_size, "speed": speed, "precision": precision, "device": device, "attend": attend}
-    return measure_model(open_source(model), data, **how)
+    how |= {"tasks": tasks, "task_data": task_data, "task_limit": task_limit, "out": out}
+    return measure_model(open_source(model), data, **how, show=Shielded(show) if show is not None else Silent())
 
 
 def inspect_data(

@@ -112,7 +112,7 @@ def plan(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face directory, hub id or GGUF file.")],
-    data: Annotated[str, typer.Option(metavar="DIR", help="What prepare made, or the URL of it, or a run directory.")],
+    data: Annotated[str | None, typer.Option(metavar="DIR", help="What prepare made, or the URL of it, or a run directory.")] = None,
     batch_size: Annotated[int, typer.Option(help="Sequences of one forward pass.", min=1)] = 8,
     speed: Annotated[bool, typer.Option(help="Measure tokens/s, too.")] = True,
     precision: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
@@ -120,19 +120,30 @@ def evaluate(
     attend: Annotated[
         str | None, typer.Option(help="What a token attends to: sequence or document; left out, as the run directory's recipe says.")
     ] = None,
+    tasks: Annotated[str | None, typer.Option(metavar="NAME,NAME,...", help="Zero-shot tasks of lm-evaluation-harness.")] = None,
+    task_data: Annotated[Path | None, typer.Option(metavar="DIR", help="The tasks' documents; left out, from the hub.")] = None,
+    task_limit: Annotated[int | None, typer.Option(metavar="N", help="Documents of each task; left out, all.", min=1)] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE.json", help="Keep each task when it is done; run again, it goes on.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Held-out loss by domain, and speed, of any model."""
-    found = api.evaluate(model, data, batch_size=batch_size, speed=speed, precision=precision, device=device, attend=attend)
+    """Held-out loss by domain, speed, and zero-shot tasks, of any model."""
+    how: dict[str, Any] = {"batch_size": batch_size, "speed": speed, "precision": precision, "device": device, "attend": attend}
+    how |= {"tasks": tasks, "task_data": task_data, "task_limit": task_limit, "out": out}
+    found = api.evaluate(model, data, **how, show=Terminal())
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
     typer.echo(f"{found['name']}: {found['parameters']:,} parameters")
-    for domain, loss in found["loss"].items():
+    for domain, loss in found.get("loss", {}).items():
         error = found["loss_error"][domain]
         typer.echo(f"  {domain:20s} {loss:.4f}{'' if error is None else f' ± {error:.4f}'} nats/token")
     for kind, rate in found.get("speed", {}).items():
         typer.echo(f"  {kind:20s} {rate:,.1f} tokens/s")
+    if "tasks" in found:
+        from shearling.measure import describe_task
+
+        for task, result in found["tasks"].items():
+            typer.echo(f"  {task:20s} {describe_task(result)}")
 
 
 @data_app.command("inspect")
