@@ -83,7 +83,7 @@ def _load(manager: Any, name: str, local: Documents | None, limit: int | None) -
         found = "; ".join(f"{what} {', '.join(parts[:5])}" for what, parts in (("without", missing), ("with", unknown)) if parts)
         remedy = f"The harness's {name} has {len(expected)} subtasks, and each must be there: the field {TASKS[name].subtask}."
         raise DataError(f"{name}: the file has other subtasks than the harness", [Problem(TASKS[name].file, found[:400], remedy)])
-    members = [part if local is None else {"task": part, **_in_place(manager, part, local.chosen[part])} for part in expected]
+    members = [{"task": part} | ({} if local is None else _in_place(manager, part, local.chosen[part])) for part in expected]
     try:
         # a group of our own, since the harness joins a task's file with changes only for members of a group
         parts = dict(manager.load([{"group": f"shearling_{name}", "task": members}])["tasks"])
