@@ -156,12 +156,13 @@ def test_finished_tasks_are_kept(tmp_path: Path) -> None:
 
 def test_what_is_no_file_of_ours_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "config.json"
-    path.write_text('{"format": 1}')
-    with pytest.raises(OutputError, match="holds no results of tasks"):
-        Kept(path, ASKED)
+    for text in ('{"format": 1}', "[]", json.dumps({"format": 1, "asked": ASKED, "tasks": {"piqa": {"documents": "d"}}})):
+        path.write_text(text)
+        with pytest.raises(OutputError, match="holds no results of tasks"):
+            Kept(path, ASKED)
+        assert path.read_text() == text
     with pytest.raises(OutputError):
         Kept(tmp_path, ASKED)
-    assert path.read_text() == '{"format": 1}'
     monkeypatch.setattr(kept, "ROOM", 2**60)
     with pytest.raises(shearling.StorageError, match="are needed and"):
         Kept(tmp_path / "new.json", ASKED)

@@ -49,15 +49,15 @@ class Kept:
         check_writable(path, ROOM)
         if not path.exists():
             return
-        found = read_json(path) if path.is_file() else None
-        if not isinstance(found, dict) or found.get("format") != FORMAT or not isinstance(found.get("asked"), dict):
+        found: Any = read_json(path) if path.is_file() else None
+        if not _is_ours(found):
             raise OutputError(f"{path}: exists already and holds no results of tasks; choose another --out")
         before = found["asked"]
         remedy = "Give another --out, or delete this file to begin afresh."
         problems = [Problem(key, f"{before.get(key)!r} in the file, {value!r} now", remedy) for key, value in asked.items()]
         if changed := [problem for problem, key in zip(problems, asked, strict=True) if before.get(key) != asked[key]]:
             raise ConfigError(f"{path}: holds results found otherwise", changed)
-        self.tasks = found.get("tasks") or {}
+        self.tasks = found["tasks"]
 
     def result(self, task: str, mark: str) -> dict[str, Any] | None:
         """What was found for a task; None if nothing was. Raises `ConfigError` where its documents had another mark."""
@@ -74,3 +74,16 @@ class Kept:
         """Enter a finished task, and write the file. Raises `StorageError` where it cannot be written."""
         self.tasks[task] = {"documents": mark, "result": dict(result)}
         write_atomic(self.path, json.dumps({"format": FORMAT, "asked": self.asked, "tasks": self.tasks}, indent=1) + "\n")
+
+
+def _is_ours(found: Any) -> bool:
+    """Whether JSON values are what `Kept` writes."""
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        return False
+    asked, tasks = found.get("asked"), found.get("tasks")
+    if not isinstance(asked, dict) or not isinstance(tasks, dict):
+        return False
+    entries = tasks.values()
+    return all(
+        isinstance(entry, dict) and isinstance(entry.get("documents"), str) and isinstance(entry.get("result"), dict) for entry in entries
+    )
