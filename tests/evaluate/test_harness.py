@@ -200,6 +200,15 @@ def test_a_limit_asks_documents_evenly_spaced(good_source: Path, folder: Path) -
     assert found["blimp"]["samples"] == 67 and found["blimp"]["acc_stderr"] is None, "one document tells no spread"
 
 
+def test_answers_of_one_token_are_read_off_one_pass(good_source: Path, tmp_path: Path) -> None:
+    lines = [row | {"sol1": f"w{3 + i}", "sol2": f"w{60 + i}"} for i, row in enumerate(rows("piqa"))]
+    write(tmp_path, "piqa", lines)
+    show = Notes()
+    result = shearling.evaluate(good_source, tasks="piqa", task_data=tmp_path, show=show, **HOW)["tasks"]["piqa"]
+    assert show.counts[-1] == ("piqa", 12, "of 12 sequences")
+    assert result["acc"] == pytest.approx(by_hand(*loaded(good_source), "piqa", lines)["acc"].mean()) and 0 < result["acc"] < 1
+
+
 def test_a_long_prompt_is_cut_and_told_and_a_long_answer_refused(good_source: Path, tmp_path: Path) -> None:
     lines = rows("piqa", 3)
     long = " ".join(f"w{3 + i % 90}" for i in range(126))

@@ -133,6 +133,13 @@ def test_a_limit_is_shared_among_subtasks(tmp_path: Path) -> None:
     assert documents.size == 30 and documents.chosen["blimp_causative"][1] == lines[15]
 
 
+def test_the_documentation_has_each_tasks_file_and_fields() -> None:
+    table = [line for line in (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text().splitlines() if line.startswith("| `")]
+    for name, task in TASKS.items():
+        line = next(line for line in table if f"`{name}`" in line)
+        assert all(f"`{word}`" in line for word in (task.file, *task.fields)), name
+
+
 ASKED = {"model": "m", "limit": 5, "precision": "float32", "lm_eval": "0"}
 
 
