@@ -141,6 +141,13 @@ def evaluate(
         task_limit: documents of each task, evenly spaced; left out, all.
         out: a JSON file that keeps each task when it is done; called again, it goes on after the last.
         show: where progress goes; nowhere if left out.
+
+    Returns:
+        `name`, `parameters`; `attend`, `loss`, `loss_error` with `data`; `speed`; `tasks`: by name, see docs/evaluation.md.
+
+    Raises:
+        ConfigError: an option is wrong, lm-eval is not installed, or `out` was begun under others. Stopped: a signal asked to stop.
+        ArtifactError, DataError: model, text or a task's file is wrong. OutputError, StorageError: `out` is something else, or has no room.
     """
     from shearling.measure import measure_model
 

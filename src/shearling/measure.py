@@ -156,8 +156,9 @@ class _Watching:
 
     def __call__(self, done: int, total: int) -> None:
         if number := self._signal():
-            left = "no --out was given, so nothing is kept" if self._kept is None else f"finished tasks are kept in {self._kept}"
-            raise Stopped(f"stopped by {signal_name(number)} in {self.name}; {left}. Run the same command to go on.")
+            kept = f"finished tasks are kept in {self._kept}. Run the same command to go on."
+            left = "nothing is kept. Give --out FILE.json to keep finished tasks." if self._kept is None else kept
+            raise Stopped(f"stopped by {signal_name(number)} in {self.name}; {left}")
         self._show.count(self.name, done, f"of {total:,} sequences" if total else "sequences; preparing")
 
 

@@ -238,6 +238,8 @@ def test_stopped_between_tasks_it_goes_on(good_source: Path, folder: Path, tmp_p
     assert result == {name: found[name] for name in names.split(",")} and list(result) == names.split(",")
     assert again.notes[0] == "arc_easy: done before" and "arc_easy" not in {what for what, _, _ in again.counts}
     assert ("piqa", 24, "of 24 sequences") in again.counts
+    with pytest.raises(Stopped, match=r"nothing is kept. Give --out FILE.json"):
+        shearling.evaluate(good_source, tasks="piqa", task_data=folder, show=Notes(stop), **HOW)
     with pytest.raises(ConfigError, match=r"limit: found None in the file, 3 now\. Give another --out"):
         shearling.evaluate(good_source, tasks=names, task_data=folder, out=out, task_limit=3, **HOW)
     write(tmp_path / "other", "arc_easy", rows("arc_easy")[1:])
