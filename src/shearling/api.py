@@ -282,10 +282,9 @@ def _checked(recipe: Recipe, last: str, world: World, overwrite: bool, new: bool
         from shearling.train.lora import check_targets
 
         check_targets(recipe.train.lora, source.anatomy)
-    if recipe.target is not None:
-        from shearling.prune.methods import choose
+    from shearling.prune.methods import choose
 
-        choose(recipe.prune, source.anatomy, recipe.target)
+    choose(recipe.prune, source.anatomy, recipe.target)
     around_the_cut = {"prune.rotate": recipe.prune.rotate, "prune.compensate": recipe.prune.compensate}
     if world.size > 1 and any(value not in ("no", 0) for value in around_the_cut.values()):
         remedy = "It needs the whole model in one process: start one, or leave it out."
