@@ -65,7 +65,7 @@ def run(
         OutputError: `out` is in use or something else. StorageError: it cannot be written, or the disk is too small.
         Stopped: a signal asked to stop.
     """
-    return _through("evaluate", recipe, out, overrides, overwrite, accept_changed, show)
+    return through("evaluate", recipe, out, overrides, overwrite, accept_changed, show)
 
 
 def prepare(
@@ -81,7 +81,7 @@ def prepare(
 
     Arguments and errors as for `run`.
     """
-    return _through("prepare", recipe, out, overrides, overwrite, accept_changed, show)
+    return through("prepare", recipe, out, overrides, overwrite, accept_changed, show)
 
 
 def prune(
@@ -94,7 +94,7 @@ def prune(
     show: Show | None = None,
 ) -> dict[str, Any]:
     """The run up to the cut and verified model in `out`/pruned. Arguments and errors as for `run`."""
-    return _through("prune", recipe, out, overrides, overwrite, accept_changed, show)
+    return through("prune", recipe, out, overrides, overwrite, accept_changed, show)
 
 
 def train(
@@ -107,7 +107,7 @@ def train(
     show: Show | None = None,
 ) -> dict[str, Any]:
     """The run up to the trained model in `out`/model; what is finished before it is kept. Arguments and errors as for `run`."""
-    return _through("train", recipe, out, overrides, overwrite, accept_changed, show)
+    return through("train", recipe, out, overrides, overwrite, accept_changed, show)
 
 
 def plan(source: str | Path, target: Mapping[str, int] | Target | None = None, *, recipe: RecipeLike | None = None) -> dict[str, Any]:
@@ -226,7 +226,7 @@ def reference(points: str | Path, parameters: float) -> dict[str, dict[str, floa
     return {domain: dict(vars(found)) for domain, found in fit_reference(read_points(points), parameters).items()}
 
 
-def _through(
+def through(
     last: str,
     recipe: RecipeLike,
     out: str | Path | None,
@@ -235,12 +235,15 @@ def _through(
     accept_changed: Sequence[str],
     show: Show | None,
 ) -> dict[str, Any]:
-    """Do every stage up to `last` that is not done, and write the report; on as many processes as there are."""
+    """Do every stage up to `last` (of `STAGES`) that is not done, and write the report; on as many processes as there are.
+
+    Other arguments, what is returned, and errors as for `run`.
+    """
     loaded = load_recipe(recipe, overrides)
     path, names = run_path(recipe, out), STAGES[: STAGES.index(last) + 1]
     with join(loaded.runtime.device, loaded.runtime.timeout) as world, ExitStack() as held:
         shown: Show = Shielded(show) if show is not None and world.first else Silent()
-        source, device = world.everywhere(lambda: _checked(loaded, last, world, overwrite, new=not path.exists()))
+        source, device = world.everywhere(lambda: check_recipe(loaded, last, world, overwrite, new=not path.exists()))
         manifest = world.rank0_decides(lambda: read_text_of_recipe(loaded, source))
         loaded = world.everywhere(lambda: with_domains_of(loaded, manifest))
         afresh = overwrite and not restarted()  # what a launcher starts again is to go on
@@ -267,8 +270,16 @@ def _through(
         return world.rank0_decides(lambda: _report(directory.path, loaded, source, shown))
 
 
-def _checked(recipe: Recipe, last: str, world: World, overwrite: bool, new: bool) -> tuple[Source, str]:
-    """The source, and the device of this process; raises what can be known to be wrong without the run directory."""
+def check_recipe(recipe: Recipe, last: str, world: World, overwrite: bool, new: bool) -> tuple[Source, str]:
+    """The source, and the device of this process; raises what can be known to be wrong without the run directory.
+
+    Args:
+        recipe: of the run.
+        last: the stage up to which it is to go.
+        world: the processes of the run.
+        overwrite: whether a run that is there is to be deleted.
+        new: whether none is there.
+    """
     source = open_source(recipe.source)
     expected_target(source, recipe)
     if overwrite or new:
