@@ -234,10 +234,11 @@ def through(
     overwrite: bool,
     accept_changed: Sequence[str],
     show: Show | None,
+    page: bool = True,
 ) -> dict[str, Any]:
     """Do every stage up to `last` (of `STAGES`) that is not done, and write the report; on as many processes as there are.
 
-    Other arguments, what is returned, and errors as for `run`.
+    Other arguments, what is returned, and errors as for `run`. `page`: whether to write report.html, too.
     """
     loaded = load_recipe(recipe, overrides)
     path, names = run_path(recipe, out), STAGES[: STAGES.index(last) + 1]
@@ -267,7 +268,7 @@ def through(
                 directory.do(name, work, shown, again=name == last == "prepare", world=world)
         if last == "prepare":  # what was made again must be what the later stages used
             world.rank0_decides(lambda: check_artifacts(directory.path, manifest=manifest))
-        return world.rank0_decides(lambda: _report(directory.path, loaded, source, shown))
+        return world.rank0_decides(lambda: _report(directory.path, loaded, source, shown, page))
 
 
 def check_recipe(recipe: Recipe, last: str, world: World, overwrite: bool, new: bool) -> tuple[Source, str]:
@@ -359,9 +360,11 @@ def _work(name: str, context: Context, directory: RunDirectory) -> Callable[[], 
     return work
 
 
-def _report(path: Path, recipe: Recipe, source: Source, show: Show) -> dict[str, Any]:
-    """Write report.json, and report.html if it can be: what it fails for is told and recorded, and does not end the run."""
+def _report(path: Path, recipe: Recipe, source: Source, show: Show, page: bool) -> dict[str, Any]:
+    """Write report.json, and with `page` report.html if it can be: what it fails for is told and recorded, and does not end the run."""
     values = _write_numbers(path, recipe, source)
+    if not page:
+        return values
     try:
         from shearling.report import write_report
 

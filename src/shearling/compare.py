@@ -34,6 +34,7 @@ from shearling.contenders import (
     recipe_tokens,
     reference_of_checkpoint,
 )
+from shearling.data.elsewhere import read_prepared
 from shearling.errors import ArtifactError, ConfigError, NumericsError, OutputError, Problem, ProblemsError, ShapeError
 from shearling.io.files import RunLock, publish_directory, read_json, stage_directory, storage_errors, sweep_temporary, write_atomic
 from shearling.planning import expected_target
@@ -97,10 +98,10 @@ def compare(
     for note in _check_rows(setting, asked):
         shown.note(note)
     with _entered(path):
-        options = {"tokens": spend, "learning_rates": list(learning_rates), "scratch_tokens": setting.scratch_tokens, "seeds": seeds}
+        options = {"tokens": spend, "learning_rates": list(learning_rates), "scratch_tokens": scratch_tokens, "seeds": seeds}
         options["methods"] = [contender.name for contender in asked]
         recorded = _match(path, loaded, source, options)
-        report = api.through("source", loaded, path / TEXT, (), False, (), shown)
+        report = api.through("source", loaded, path / TEXT, (), False, (), shown, page=False)
         measured = {**report["source"], "loss": report["loss"]["source"], "loss_error": report["loss_error"]["source"]}
         comparison = _Comparison(path, setting, measured, {**options, **recorded}, shown)
         comparison.make(asked, seeds, learning_rates)
@@ -189,7 +190,7 @@ class _Comparison:
             more["mixture"] = reference_of_checkpoint(self.setting, self.source["loss"])
         recipe = recipe_of(contender, self.setting, seed, None, **more)
         if stage_result(cut, "prune") is None:
-            api.prune(recipe, cut, show=self.show)
+            api.through("prune", recipe, cut, (), False, (), self.show, page=False)
         pruned = stage_result(cut, "prune")
         assert pruned is not None
         spent = pruned["tokens"]
@@ -343,9 +344,8 @@ def _entered(path: Path) -> Iterator[None]:
 
 def _match(path: Path, recipe: Recipe, source: Source, options: dict[str, Any]) -> dict[str, Any]:
     """Record what all rows have in common, or raise `ConfigError` where it differs from what those of the folder have; returns it."""
-    scratch = any(name == SCRATCH for name in options["methods"])
-    values: dict[str, Any] = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), "fingerprint": source.fingerprint(), **options}
-    values["scratch_tokens"] = options["scratch_tokens"] if scratch else None
+    values: dict[str, Any] = {"format": FORMAT, "recipe": recipe.model_dump(mode="json"), **options}
+    values |= {"source": source.fingerprint(), "text": read_prepared(recipe.data.prepared)["fingerprint"] if recipe.data.prepared else None}
     file = path / SETTINGS_FILE
     if file.exists():
         before = read_json(file)
@@ -353,14 +353,15 @@ def _match(path: Path, recipe: Recipe, source: Source, options: dict[str, Any]) 
             found = f"format {before.get('format')!r}" if isinstance(before, dict) else type(before).__name__
             raise ArtifactError(f"{file}: cannot be read", [Problem("format", found, f"This version reads format {FORMAT}.")])
         changed = differences(load_recipe(before["recipe"]), recipe)
-        own = ["fingerprint", "tokens", "learning_rates", *(["scratch_tokens"] if scratch and before["scratch_tokens"] is not None else [])]
+        both = SCRATCH in before["methods"] and SCRATCH in values["methods"]
+        own = ["source", "text", "tokens", "learning_rates", *(["scratch_tokens"] if both else [])]
         changed += [(name, str(before[name]), str(values[name])) for name in own if before[name] != values[name]]
         if changed:
             remedy = "Rows would no longer be equal: put it back as it was, or choose another --out."
-            problems = [Problem("source" if name == "fingerprint" else name, f"{old} -> {new}", remedy) for name, old, new in changed]
+            problems = [Problem(name, f"{old} -> {new}", remedy) for name, old, new in changed]
             raise ConfigError(f"{path}: begun with other settings (before -> now)", problems)
+        values["scratch_tokens"] = (before if SCRATCH in before["methods"] else values)["scratch_tokens"]
         values["methods"] = list(dict.fromkeys([*before["methods"], *values["methods"]]))
-        values["scratch_tokens"] = values["scratch_tokens"] if scratch else before["scratch_tokens"]
         values["seeds"] = max(before["seeds"], values["seeds"])
         contenders(values["methods"])  # those that are new may have names that are taken
     write_atomic(file, json.dumps(values, indent=1) + "\n")

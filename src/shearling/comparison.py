@@ -62,6 +62,8 @@ def ratio_at_equal_loss(scratch: Curve, loss: float, tokens: float) -> Ratio | N
     if reached is None:
         return Ratio(scratch.tokens[-1] / tokens, "more than")
     at = scratch.tokens[reached]
+    if at and scratch.mean[reached] == loss:
+        return Ratio(at / tokens)
     if reached == 0 or scratch.tokens[reached - 1] <= 0:  # no logarithm to go from
         after = at or next((later for later in scratch.tokens if later > 0), 0.0)
         return Ratio(after / tokens, "less than")
