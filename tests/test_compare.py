@@ -255,6 +255,16 @@ def test_a_checkpoint_of_another_vocabulary_is_refused_and_a_large_one_noted(
     assert any("more than the target's" in note for note in notes.notes)
 
 
+def test_a_checkpoint_whose_blocks_differ_is_to_be_padded(values: dict[str, Any], good_source: Path, tmp_path: Path) -> None:
+    config = json.loads((good_source / "config.json").read_text())
+    config |= {"base_model_type": config["model_type"], "model_type": "sheared", "intermediate_size": [40, 30, 20]}
+    config |= {"num_attention_heads": [6] * 3, "num_key_value_heads": [3] * 3}
+    (tmp_path / "by_block").mkdir()
+    (tmp_path / "by_block" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"by_block: source: found blocks of different sizes\. Make a stock checkpoint"):
+        shearling.compare(values, tmp_path / "out", [f"checkpoint:{tmp_path / 'by_block'}"], tokens=TOKENS)
+
+
 def test_the_recipes_own_method_is_no_others(values: dict[str, Any]) -> None:
     own = {**values["prune"], "method": "flap", "scores": "activation", "compensate": 3, "steps": 0, "rotate": "tied"}
     setting = setting_of({**values, "prune": own}, sets=("prune.weight_decay=0.5",))

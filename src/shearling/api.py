@@ -271,7 +271,7 @@ def through(
         return world.rank0_decides(lambda: _report(directory.path, loaded, source, shown, page))
 
 
-def check_recipe(recipe: Recipe, last: str, world: World, overwrite: bool, new: bool) -> tuple[Source, str]:
+def check_recipe(recipe: Recipe, last: str, world: World, overwrite: bool, new: bool, opened: Source | None = None) -> tuple[Source, str]:
     """The source, and the device of this process; raises what can be known to be wrong without the run directory.
 
     Args:
@@ -280,8 +280,12 @@ def check_recipe(recipe: Recipe, last: str, world: World, overwrite: bool, new: 
         world: the processes of the run.
         overwrite: whether a run that is there is to be deleted.
         new: whether none is there.
+        opened: its source, where that is open already.
     """
-    source = open_source(recipe.source)
+    source = opened or open_source(recipe.source)
+    if source.anatomy.blocks and last != "prepare":
+        remedy = "Make a stock checkpoint of it with `shearling pad`, and give that."
+        raise ArtifactError("this source cannot be sheared", [Problem("source", "blocks of different sizes", remedy)])
     expected_target(source, recipe)
     if overwrite or new:
         check_steering(recipe, source, STAGES[: STAGES.index(last) + 1])

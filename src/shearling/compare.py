@@ -284,7 +284,8 @@ def _check_rows(setting: Setting, asked: Sequence[Contender]) -> list[str]:
     for contender in asked:
         try:
             recipe = recipe_of(contender, setting, setting.recipe.seed)
-            source, _ = api.check_recipe(recipe, "evaluate", World(), False, True)
+            opened = setting.source if contender.checkpoint is None else None
+            source, _ = api.check_recipe(recipe, "evaluate", World(), False, True, opened)
             source.check()
             needed = most_pruning_tokens(recipe, source) + setting.batch_tokens
             if needed > (given := setting.tokens_of(contender)):

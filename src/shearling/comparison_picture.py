@@ -60,6 +60,7 @@ def draw(found: Mapping[str, Any]) -> bytes:
             below.hlines(source["loss"][domain], place - 0.45, place + 0.45, color="black", linewidth=1, linestyle=(0, (1, 2.5)))
         below.set_xticks(range(len(domains)), domains)
         below.set(ylabel="held-out loss at the end, nats per token")
+        below.set_title("this axis does not begin at 0", loc="right", fontsize=8)
         below.grid(False, axis="x")
         lowest = min([source["loss"][domain] for domain in domains] + [one["final"][domain] for one in contenders for domain in domains])
         below.set_ylim(bottom=0.9 * lowest)
