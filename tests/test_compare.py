@@ -199,7 +199,7 @@ def test_each_rate_is_tried_on_the_first_seed_and_the_best_goes_on(values: dict[
     (one,) = found["contenders"]
     assert one["learning_rate"] == 3e-3 and one["seeds"] == [17, 18]
     assert "| 0.003 |" in (out / "comparison.md").read_text()
-    used = [[line["learning_rate"]["weights"] for line in lines_of(out / f"random-17-{rate:g}") if line["step"]] for rate in rates]
+    used = [[line["learning_rate"]["weights"] for line in lines_of(out / f"random-17-lr{rate:g}") if line["step"]] for rate in rates]
     assert [3e3 * rate for rate in used[0]] == pytest.approx(used[1])
 
 

@@ -4,7 +4,7 @@ In the folder of a comparison:
 
     settings.json     what all rows have in common, and what is compared; a command that would make rows unequal is refused by it
     text/             a run that prepares the text and measures the source, once for all rows
-    NAME-SEED/        the run of a row; NAME-SEED-RATE/ where learning rates are tried, which go on from the one cut in NAME-SEED/
+    NAME-SEED/        the run of a row; NAME-SEED-lrRATE/ where learning rates are tried, which go on from the one cut in NAME-SEED/
     rows/*.json       what is known of each row that is done; its run may then be deleted
     comparison.json, comparison.md, comparison.png
 
@@ -167,7 +167,7 @@ class _Comparison:
     def _row(self, title: str, contender: Contender, seed: int, rate: float | None) -> None:
         """Make one row, unless it is done. Numbers that go wrong, and a shape that its method does not come to, are its result."""
         cut = self.path / f"{contender.folder}-{seed}"
-        place = cut if rate is None else self.path / f"{cut.name}-{rate:g}"
+        place = cut if rate is None else self.path / f"{cut.name}-lr{rate:g}"
         record = self.path / ROWS / f"{place.name}.json"
         if record.exists():
             self.show.note(f"{title}: done before")
