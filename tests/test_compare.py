@@ -226,6 +226,12 @@ def test_rows_that_fail_are_told_and_the_others_go_on(values: dict[str, Any], tm
         (["random", "sheared-llama"], {}, {"tokens": 300}, ["sheared-llama: tokens: found 300", "take up to 576"]),
         (["random"], {}, {"seeds": 0, "learning_rates": [0.0], "scratch_tokens": 5}, ["seeds", "learning_rates", "from-scratch"]),
         (["random"], {}, {"overrides": ["prune.method=taylor"]}, ["named with --methods"]),
+        (
+            ["random"],
+            {},
+            {"overrides": ["mixture.evaluation_share=0.07", "train.steps=8", "train.evaluate_every=4"]},
+            ["random: recipe", "mixture.evaluation_share"],
+        ),
         (["from-scratch"], {}, {"overrides": ["prune.compensate=4"]}, ["from-scratch: prune.compensate", "draws its weights"]),
     ],
 )

@@ -219,7 +219,7 @@ def methods(as_json: AsJson = False) -> None:
         typer.echo(f"{kind}\n")
         for entry in entries:
             by = " · ".join(f"{axis}: {name}" for axis, name in entry["scores"].items()) if "scores" in entry else ", ".join(entry["axes"])
-            typer.echo(f"  {entry['name']:24s}{entry['about']}\n{'':26s}{by}; {entry['paper']}")
+            typer.echo(f"  {entry['name']:24s}{entry['about']}\n{'':26s}{by}{'; ' if by else ''}{entry['paper']}")
         typer.echo("")
 
 

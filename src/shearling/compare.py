@@ -101,7 +101,9 @@ def compare(
         options = {"tokens": spend, "learning_rates": list(learning_rates), "scratch_tokens": scratch_tokens, "seeds": seeds}
         options["methods"] = [contender.name for contender in asked]
         recorded = _match(path, loaded, source, options)
-        report = api.through("source", loaded, path / TEXT, (), False, (), shown, page=False)
+        before = loaded.prune.steps * loaded.prune.batch_size * loaded.data.sequence_length
+        likely = _recovering(loaded, max(1, (spend - before) // setting.batch_tokens))  # by which repeated text is told
+        report = api.through("source", likely, path / TEXT, (), False, (), shown, page=False)
         measured = {**report["source"], "loss": report["loss"]["source"], "loss_error": report["loss_error"]["source"]}
         comparison = _Comparison(path, setting, measured, {**options, **recorded}, shown)
         comparison.make(asked, seeds, learning_rates)
@@ -117,7 +119,7 @@ class _Comparison:
         self._data = {
             "prepared": data.prepared or str(path / TEXT / "data"),
             "domains": {name: {"weight": domain.weight} for name, domain in data.domains.items()},
-            "root": str(path),
+            "root": os.path.abspath(os.sep),  # of no account, and the same wherever the folder is moved to
             **data.model_dump(mode="json", include={"sequence_length", "attend", "cache", "cache_gib"}),
         }
 
@@ -188,22 +190,28 @@ class _Comparison:
         more: dict[str, Any] = {"data": self._data}
         if contender.checkpoint is not None:
             more["mixture"] = reference_of_checkpoint(self.setting, self.source["loss"])
-        recipe = recipe_of(contender, self.setting, seed, None, **more)
+        given, batch = self.setting.tokens_of(contender), self.setting.batch_tokens
+        recipe = _recovering(recipe_of(contender, self.setting, seed, None, **more), given // batch)
         if stage_result(cut, "prune") is None:
             api.through("prune", recipe, cut, (), False, (), self.show, page=False)
         pruned = stage_result(cut, "prune")
         assert pruned is not None
         spent = pruned["tokens"]
-        steps = (self.setting.tokens_of(contender) - spent) // self.setting.batch_tokens
+        steps = (given - spent) // batch
         if steps < 1:
             remedy = f"Give the rows more tokens (--tokens), in another --out, or leave {contender.label} out."
-            problem = Problem("tokens", f"{spent:,} spent on pruning of {self.setting.tokens_of(contender):,}", remedy)
+            problem = Problem("tokens", f"{spent:,} spent on pruning of {given:,}", remedy)
             raise ConfigError(f"{contender.label}: nothing is left for recovery", [problem])
         if place != cut and not place.exists():
             _branch(cut, place)
         chosen = recipe.train.learning_rate if rate is None else rate
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps, "learning_rate": chosen})})
-        return _measured(api.run(recipe, place, accept_changed=["train"], show=self.show), place)
+        report = api.run(_recovering(recipe, steps, learning_rate=chosen), place, accept_changed=["train"], show=self.show)
+        return _measured(report, place)
+
+
+def _recovering(recipe: Recipe, steps: int, **more: float) -> Recipe:
+    """The recipe with so many steps of recovery, and `more` of its fields."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"steps": steps, **more})})
 
 
 def _measured(report: Mapping[str, Any], place: Path) -> dict[str, Any]:
@@ -291,6 +299,7 @@ def _check_rows(setting: Setting, asked: Sequence[Contender]) -> list[str]:
             if needed > (given := setting.tokens_of(contender)):
                 remedy = f"Its pruning and one step of recovery take up to {needed:,}: give more, or leave it out."
                 raise ConfigError("too few tokens", [Problem("tokens", f"{given:,}", remedy)])
+            load_recipe(_recovering(recipe, (given - needed) // setting.batch_tokens + 1))  # on which a budget of evaluations hangs
             if contender.checkpoint is not None:
                 _check_vocabulary(source, setting.source)
                 notes += _size_notes(contender, source, wanted, setting.recipe)
