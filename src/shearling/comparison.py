@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp, log
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -168,9 +169,10 @@ def table(found: Values) -> str:
 
 def _headline(found: Values, seeds: int) -> str:
     source = found["source"]
+    name = Path(source["name"]).name if Path(source["name"]).is_absolute() else source["name"]  # the rest of a path tells nothing of it
     rows = "1 seed" if seeds == 1 else f"{seeds} seeds"
     return (
-        f"{_escaped(source['name'])}: {source['parameters']:,} parameters, held-out loss {source['loss']['mean']:.3f}. "
+        f"{_escaped(name)}: {source['parameters']:,} parameters, held-out loss {source['loss']['mean']:.3f}. "
         f"{found['tokens']:,} tokens a row, {rows}."
     )
 
