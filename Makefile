@@ -41,11 +41,20 @@ quickstart: $(VENV)/smollm2  ## shear SmolLM2-135M to half its size on this mach
 	$(BIN)/python recipes/quickstart_text.py $(OUT)/text
 	$(BIN)/shearling run recipes/quickstart.yaml --out $(OUT)/run --set source=$(GGUF) --set data.root=$(abspath $(OUT))/text
 
-bench-quality: $(VENV)/smollm2 ## compare with one-shot cuts at equal tokens, on TEXT (corpus/ and heldout/)
-	$(BIN)/python benchmarks/methods.py --shares recipe --methods sheared-llama,taylor,random --variants plain --source $(GGUF) --text $(TEXT) --out $(OUT)/quality
+COMPARE = $(BIN)/shearling compare recipes/smollm2-65m.yaml --set source=$(GGUF) --set data.root=$(abspath $(TEXT)) --set evaluate.speed=false
 
-bench-methods: $(VENV)/smollm2 ## every method at 80 % and 50 % of the parameters, plain and compensated, on TEXT; goes on where it stopped
-	$(BIN)/python benchmarks/methods.py --source $(GGUF) --text $(TEXT) --out $(OUT)/methods
+bench-quality: $(VENV)/smollm2 ## compare a recipe with one-shot cuts and training from scratch at equal tokens, on TEXT (corpus/ and heldout/)
+	$(COMPARE) --methods recipe,taylor,random,from-scratch --out $(OUT)/quality
+
+CUTS = random taylor sheared-llama llm-pruner llm-pruner-global saap adapt-pruner efficientllm minitron magnitude flap shortgpt last-blocks every-nth
+BUDGETS = 0.5 0.8
+
+bench-methods: $(VENV)/smollm2 ## every method at 50 % and 80 % of the parameters, plain and compensated, on TEXT; goes on where it stopped
+	for share in $(BUDGETS); do \
+	  $(COMPARE) --tokens 100000 $(addprefix --methods ,$(CUTS) $(addsuffix +compensate,$(CUTS)) from-scratch) --out $(OUT)/methods/$$share \
+	    --set "target={parameters: $$share}" --set data.max_train_sequences=400 --set data.heldout_sequences=16 --set train.evaluate_every=25 \
+	    --set prune.evaluate_every=1000 --set runtime.save_every=50 || exit; \
+	done
 
 bench-peers: $(VENV)/smollm2 ## cuts of OptiPFair and mergekit to at most PARAMETERS, and their held-out losses on DATA (data/ of a run)
 	$(BIN)/python benchmarks/peers.py --source $(GGUF) --parameters $(PARAMETERS) --data $(DATA) --envs $(VENV)-peers \

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import shearling
 from runs import SignalAt, contents, metrics, recipe_values
 from shearling.arch.families import anatomy_of
-from shearling.errors import ConfigError, OutputError, ShapeError, Stopped
+from shearling.errors import ArtifactError, ConfigError, OutputError, ShapeError, Stopped
 from shearling.prune import verify
 
 SOURCES: dict[str, dict[str, Any]] = {"llama": {"tied": True, "layers": 4}, "qwen3": {"tied": False, "layers": 4}}
@@ -193,3 +193,18 @@ def test_depth_by_a_budget(sources: Callable[[str], Path], domains: dict[str, st
     report = shearling.prune(values, tmp_path / "run")
     shape = report["model"]["shape"]
     assert shape["num_hidden_layers"] == 2 and {**shape, "num_hidden_layers": 4} == report["source"]["shape"]
+
+
+def test_a_model_whose_blocks_differ_is_trained_further(sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    """As it is, and learning from another model; to cut it once more it has to be padded."""
+    shearling.prune(values_of(sources("llama"), domains, "saap"), tmp_path / "cut")
+    source, teacher = tmp_path / "cut" / "pruned", {"model": str(sources("llama"))}
+    before = json.loads((source / "config.json").read_text())
+    assert isinstance(before["intermediate_size"], list)
+    learnt = {"distill": {"hidden": 0.5}}
+    report = shearling.run({**recipe_values(source, domains, train=learnt), "target": None, "teacher": teacher}, tmp_path / "run")
+    assert report["loss"]["pruned"] == report["loss"]["source"] and report["loss"]["final"]["mean"] < report["loss"]["source"]["mean"]
+    after = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert after["intermediate_size"] == before["intermediate_size"] and after["model_type"] == before["model_type"]
+    with pytest.raises(ArtifactError, match=r"blocks of different sizes.*shearling pad"):
+        shearling.run(values_of(source, domains, "taylor"), tmp_path / "again")

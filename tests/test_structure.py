@@ -15,6 +15,7 @@ import typer.main
 
 import shearling
 from shearling import api, cli
+from shearling.compare import compare
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "shearling"
@@ -23,26 +24,9 @@ LEVELS: dict[str, int] = {
     **dict.fromkeys(("config", "arch", "shapes", "schedules", "board", "world"), 1),
     **dict.fromkeys(("prune", "data", "objectives"), 2),
     **dict.fromkeys(("train", "evaluate", "sources", "export"), 3),
-    **dict.fromkeys(
-        (
-            "recipe",
-            "planning",
-            "run",
-            "show",
-            "stages",
-            "distilling",
-            "pruning",
-            "training",
-            "measure",
-            "pictures",
-            "report",
-            "progress",
-            "wiring",
-            "api",
-        ),
-        4,
-    ),
-    **dict.fromkeys(("texts", "summary", "steering"), 4),
+    **dict.fromkeys(("recipe", "planning", "run", "show", "texts", "summary", "steering"), 4),
+    **dict.fromkeys(("stages", "distilling", "pruning", "training", "measure", "pictures", "report", "progress", "wiring", "api"), 4),
+    **dict.fromkeys(("budget", "contenders", "compare", "comparison", "comparison_picture"), 4),
     **dict.fromkeys(("cli", "__init__", "__main__"), 5),
 }
 """Level of every room: a file, or a folder as a whole. A room imports from its own level and below."""
@@ -192,8 +176,12 @@ def commands() -> dict[str, Any]:
     }
 
 
+HOMES = (api, inspect.getmodule(compare))
+"""Modules whose public functions are commands."""
+
+
 def test_every_command_is_a_function_and_the_reverse() -> None:
-    functions = {name for name in shearling.__all__ if inspect.getmodule(getattr(shearling, name)) is api}
+    functions = {name for name in shearling.__all__ if inspect.getmodule(getattr(shearling, name)) in HOMES}
     assert set(commands()) == functions
     alone = {name for name in functions if not name.endswith("_data")}
     assert set(typer.main.get_command(cli.app).commands) == alone | {"data"}  # type: ignore[attr-defined]
@@ -202,7 +190,7 @@ def test_every_command_is_a_function_and_the_reverse() -> None:
 @pytest.mark.parametrize("name", commands())
 def test_a_command_has_its_functions_arguments_and_defaults(name: str) -> None:
     """`show` is Python's own and `--json` the command's; nothing given is None, () or an empty text."""
-    function, command = (inspect.signature(f).parameters for f in (getattr(api, name), commands()[name]))
+    function, command = (inspect.signature(f).parameters for f in (getattr(shearling, name), commands()[name]))
     assert set(function) - {"show"} == set(command) - {"as_json"}
     for parameter in set(command) - {"as_json"}:
         defaults = [None if p.default in (None, (), "") else p.default for p in (function[parameter], command[parameter])]

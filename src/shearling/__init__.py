@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shearling.api import evaluate, inspect_data, methods, pad, plan, prepare, prune, reference, report, run, train
+    from shearling.compare import compare
     from shearling.errors import (
         ArtifactError,
         ConfigError,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "shearling.api": ("evaluate", "inspect_data", "methods", "pad", "plan", "prepare", "prune", "reference", "report", "run", "train"),
+    "shearling.compare": ("compare",),
     "shearling.errors": (
         "ArtifactError",
         "ConfigError",
@@ -59,6 +61,7 @@ __all__ = [
     "Stopped",
     "StorageError",
     "Target",
+    "compare",
     "evaluate",
     "inspect_data",
     "load_recipe",

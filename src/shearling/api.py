@@ -11,12 +11,10 @@ from shearling.errors import ArtifactError, Problem
 from shearling.io.files import refuse_existing
 from shearling.planning import describe
 from shearling.recipe import RecipeLike, load_recipe
-from shearling.run import run_path
 from shearling.shapes import Target
 from shearling.show import Shielded, Show, Silent
 from shearling.sources import open_source
-from shearling.wiring import on_processes, write_numbers
-from shearling.world import join
+from shearling.wiring import through, write_numbers
 
 
 def run(
@@ -50,7 +48,7 @@ def run(
         OutputError: `out` is in use or something else. StorageError: it cannot be written, or the disk is too small.
         Stopped: a signal asked to stop.
     """
-    return _through("evaluate", recipe, out, overrides, overwrite, accept_changed, show)
+    return through("evaluate", recipe, out, overrides, overwrite, accept_changed, show)
 
 
 def prepare(
@@ -66,7 +64,7 @@ def prepare(
 
     Arguments and errors as for `run`.
     """
-    return _through("prepare", recipe, out, overrides, overwrite, accept_changed, show)
+    return through("prepare", recipe, out, overrides, overwrite, accept_changed, show)
 
 
 def prune(
@@ -79,7 +77,7 @@ def prune(
     show: Show | None = None,
 ) -> dict[str, Any]:
     """The run up to the cut and verified model in `out`/pruned. Arguments and errors as for `run`."""
-    return _through("prune", recipe, out, overrides, overwrite, accept_changed, show)
+    return through("prune", recipe, out, overrides, overwrite, accept_changed, show)
 
 
 def train(
@@ -92,7 +90,7 @@ def train(
     show: Show | None = None,
 ) -> dict[str, Any]:
     """The run up to the trained model in `out`/model; what is finished before it is kept. Arguments and errors as for `run`."""
-    return _through("train", recipe, out, overrides, overwrite, accept_changed, show)
+    return through("train", recipe, out, overrides, overwrite, accept_changed, show)
 
 
 def plan(source: str | Path, target: Mapping[str, int] | Target | None = None, *, recipe: RecipeLike | None = None) -> dict[str, Any]:
@@ -227,19 +225,3 @@ def reference(points: str | Path, parameters: float) -> dict[str, dict[str, floa
     from shearling.data.reference import fit_reference, read_points
 
     return {domain: dict(vars(found)) for domain, found in fit_reference(read_points(points), parameters).items()}
-
-
-def _through(
-    last: str,
-    recipe: RecipeLike,
-    out: str | Path | None,
-    overrides: Sequence[str],
-    overwrite: bool,
-    accept_changed: Sequence[str],
-    show: Show | None,
-) -> dict[str, Any]:
-    """Do every stage up to `last` that is not done, and write the report; on as many processes as there are."""
-    loaded, path = load_recipe(recipe, overrides), run_path(recipe, out)
-    with join(loaded.runtime.device, loaded.runtime.timeout) as world:
-        shown: Show = Shielded(show) if show is not None and world.first else Silent()
-        return on_processes(world, last, loaded, path, overwrite, accept_changed, shown)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -91,6 +91,34 @@ def train(
 ) -> None:
     """The run up to the trained model in DIR/model; stages that are done are kept."""
     _finish(_through(api.train, recipe, out, overrides, overwrite, accept_changed), run_path(recipe, out))
+
+
+@app.command()
+def compare(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder of the comparison; made if it is not there.")],
+    methods: Annotated[
+        list[str],
+        typer.Option(
+            metavar="A,B,...", help="Names of `shearling methods`, also as NAME+compensate, +rotate, +lora; recipe; checkpoint:PATH."
+        ),
+    ],
+    seeds: Annotated[int, typer.Option(help="Rows of each method: the recipe's seed and those after it.")] = 1,
+    tokens: Annotated[int | None, typer.Option(help="What each row may spend in all; left out, what the recipe spends.")] = None,
+    learning_rates: Annotated[
+        list[str] | None, typer.Option(metavar="A,B,...", help="Of recovery: try each on the first seed, take the best for the others.")
+    ] = None,
+    scratch_tokens: Annotated[int | None, typer.Option(help="What from-scratch may spend, in the place of --tokens.")] = None,
+    overrides: Set = None,
+    as_json: AsJson = False,
+) -> None:
+    """Methods side by side: one source, as many parameters, the same text, tokens in all and recovery. Run again, it goes on."""
+    from shearling.compare import TABLE_FILE
+    from shearling.compare import compare as function
+
+    more: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "scratch_tokens": scratch_tokens, "overrides": overrides or ()}
+    found = function(recipe, out, _listed(methods), learning_rates=_rates(learning_rates or ()), show=Terminal(), **more)
+    typer.echo(json.dumps(found, indent=1) if as_json else (out / TABLE_FILE).read_text())
 
 
 @app.command()
@@ -202,7 +230,7 @@ def methods(as_json: AsJson = False) -> None:
         typer.echo(f"{kind}\n")
         for entry in entries:
             by = " · ".join(f"{axis}: {name}" for axis, name in entry["scores"].items()) if "scores" in entry else ", ".join(entry["axes"])
-            typer.echo(f"  {entry['name']:24s}{entry['about']}\n{'':26s}{by}; {entry['paper']}")
+            typer.echo(f"  {entry['name']:24s}{entry['about']}\n{'':26s}{by}{'; ' if by else ''}{entry['paper']}")
         typer.echo("")
 
 
@@ -260,6 +288,18 @@ def _finish(report: dict[str, Any], out: Path) -> None:
     for name in ("model", "pruned", "plan.json", "report.html", "report.json", "metrics.jsonl"):
         if (out / name).exists():
             console.print(f"{name + ':':15s}{escape(str(out / name))}", highlight=False, soft_wrap=True)
+
+
+def _listed(texts: Sequence[str]) -> list[str]:
+    return [part.strip() for text in texts for part in text.split(",") if part.strip()]
+
+
+def _rates(texts: Sequence[str]) -> list[float]:
+    try:
+        return [float(text) for text in _listed(texts)]
+    except ValueError as error:
+        problem = Problem("--learning-rates", str(error), "Write 1e-4,3e-4.")
+        raise ConfigError("--learning-rates cannot be read", [problem]) from None
 
 
 def _share(text: str) -> float | str:

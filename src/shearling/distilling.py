@@ -22,7 +22,7 @@ from shearling.train.optim import in_precision
 
 def with_projectors(context: Context, model: nn.Module, config: StageConfig) -> nn.Module:
     """The model, not set up yet, with what the stage compares its states through; nothing where it compares none."""
-    return add_projectors(model, config.distill.states if config.distill else (), context.source.anatomy.sizes["hidden"])
+    return add_projectors(model, config.distill.states if config.distill else (), context.teacher_source.anatomy.sizes["hidden"])
 
 
 def objective_of(context: Context, config: StageConfig, model: nn.Module, kept: Sequence[int], objective: Objective) -> Objective:
@@ -56,7 +56,7 @@ def load_teacher(context: Context, config: DistillConfig, blocks: Sequence[int])
         return model
 
     model = context.place(load).eval()
-    layers, hidden = context.source.anatomy.family.anchors.layers, "hidden" in config.states
+    layers, hidden = context.teacher_source.anatomy.family.anchors.layers, "hidden" in config.states
     states = States(model, layers, hidden, blocks) if config.states else None
     how = {"temperature": config.temperature, "top_k": config.top_k}
     return Teacher(model, heads[0], states=states, document_end=context.document_end, **how)  # type: ignore[arg-type]

@@ -17,10 +17,10 @@ from shearling.board import alike
 from shearling.data.loader import Loader
 from shearling.distilling import objective_of, with_projectors
 from shearling.evaluate.loss import packed
-from shearling.export import publish_model
-from shearling.io.loading import NOT_OURS
+from shearling.export import publish_model, save_weights
 from shearling.io.tensors import MemoryReader, ShardWriter
 from shearling.objectives.states import remove_projectors
+from shearling.planning import expected_target
 from shearling.prune import scores
 from shearling.prune.allocate import Masks, adapted, all_open, left, ranked, steadied, to_shape
 from shearling.prune.attach import Attachment
@@ -30,10 +30,19 @@ from shearling.prune.learn import GateLearner
 from shearling.prune.methods import Choice, choose
 from shearling.prune.plan import PrunePlan, plan_from_masks
 from shearling.prune.rotate import fit_norms, norms_of, principal_rotation, rotate, stream_covariance, tied_rotation
+from shearling.prune.scratch import drawn, stock_of
 from shearling.prune.staged import Kept, RunningScores, StagedPruner, cut_steps, kept_by
 from shearling.prune.stats import Scores
 from shearling.prune.transform import transform
-from shearling.prune.verify import Difference, blame, compare_in_float64, compare_logits, masked_logits, require_same_function
+from shearling.prune.verify import (
+    Difference,
+    blame,
+    compare_in_float64,
+    compare_logits,
+    logits_of,
+    masked_logits,
+    require_same_function,
+)
 from shearling.shapes import shape_of, target_config
 from shearling.stages import VERIFY_SEQUENCES, Context, sample_ids, steered, surroundings
 from shearling.train import checkpoint
@@ -43,13 +52,38 @@ from shearling.train.state import rewritten
 
 
 def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray) -> dict[str, Any]:
-    """Decide what goes, cut, verify, and publish `plan.json` and `pruned/`."""
+    """Decide what goes, cut, verify, and publish `plan.json` and `pruned/`; or, of a method that draws weights, `pruned/` alone."""
     config, began = context.recipe.prune, time.perf_counter()
     choice = choose(config, context.source.anatomy, context.recipe.target)
-    anatomy = choice.source
     around = surroundings(context, "prune", config, source_result["loss"], source_result["sequence_losses"])
     losses, errors = dict(source_result["loss"]), dict(source_result["loss_error"])
     progress = Progress(shares, around.loader.start(), heldout=losses, heldout_errors=errors)
+    if choice.method.draws:
+        target, verified, used = *_draw(context), 0
+    else:
+        progress, target, verified, used = _choose_and_cut(context, choice, around, shares, progress, source_result["fingerprint"])
+    measured, learned = context.evaluate(context.load_pruned()), config.steps and choice.specs
+    return {
+        "loss": {"before_hardening": progress.heldout if learned else None, "pruned": measured.losses},
+        "loss_error": {"before_hardening": progress.heldout_errors if learned else None, "pruned": measured.errors},
+        "sequence_losses": packed(measured.sequences),
+        **steered(context, around, progress, config),
+        "tokens": progress.tokens + used,
+        "steps": progress.step,
+        "weights": progress.weights.tolist(),
+        "cursors": progress.cursors.tolist(),
+        "training_seconds": round(progress.seconds, 3),
+        "seconds": round(time.perf_counter() - began, 3),
+        "verify": {**verified, "sequences": VERIFY_SEQUENCES},
+        "shape": shape_of(target),
+    }
+
+
+def _choose_and_cut(
+    context: Context, choice: Choice, around: Surroundings, shares: np.ndarray, progress: Progress, fingerprint: str
+) -> tuple[Progress, Anatomy, dict[str, Any], int]:
+    """Where training stands, what is left, how far masked and cut model are apart, and the tokens used for anything but steps."""
+    config, anatomy = context.recipe.prune, choice.source
     begun = context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints)))
     model = context.place(lambda: with_projectors(context, context.source.load_model(), config))
     subject = _Subject(context, choice, model, around, shares)
@@ -73,26 +107,26 @@ def prune(context: Context, source_result: Mapping[str, Any], shares: np.ndarray
     if config.compensate and choice.specs:
         _compensate(context, subject, masks)
     made_by = _made_by(context, choice, rotation_error)
-    plan = plan_from_masks(anatomy, target, masks, source_result["fingerprint"], made_by)
+    plan = plan_from_masks(anatomy, target, masks, fingerprint, made_by)
     difference = _cut(context, subject, masks, plan, target)
     subject.measurements = pruner.measurements if isinstance(pruner, StagedPruner) else 1  # those of earlier tries, too
-    used = subject.sequences * context.tokens.sequence_length
-    del pruner, subject  # before the cut model is loaded
-    measured, learned = context.evaluate(context.load_pruned()), config.steps and choice.specs
-    return {
-        "loss": {"before_hardening": progress.heldout if learned else None, "pruned": measured.losses},
-        "loss_error": {"before_hardening": progress.heldout_errors if learned else None, "pruned": measured.errors},
-        "sequence_losses": packed(measured.sequences),
-        **steered(context, around, progress, config),
-        "tokens": progress.tokens + used,
-        "steps": progress.step,
-        "weights": progress.weights.tolist(),
-        "cursors": progress.cursors.tolist(),
-        "training_seconds": round(progress.seconds, 3),
-        "seconds": round(time.perf_counter() - began, 3),
-        "verify": {**difference, "sequences": VERIFY_SEQUENCES},
-        "shape": shape_of(target),
-    }
+    return progress, target, difference, subject.sequences * context.tokens.sequence_length
+
+
+def _draw(context: Context) -> tuple[Anatomy, dict[str, Any]]:
+    """Publish `pruned/` with random weights in the target's shape, and nothing that says what of the source is kept: none of it is."""
+    target = expected_target(context.source, context.recipe)
+
+    def publish() -> None:
+        final, blocks = context.path / "pruned", list(range(target.sizes["layer"]))
+        values = target_config(context.source.config, context.source.anatomy, target, blocks)
+        model, ids, end = drawn(values, context.recipe.seed).to(context.device), sample_ids(context), context.document_end
+        expected, companions, there = logits_of(model, ids, end), context.source.save_companions, final.exists()
+        save_weights(model.state_dict(), expected, ids, values, companions, final, torch.float32, there, end)
+        (context.path / "plan.json").unlink(missing_ok=True)  # of a try with another method
+
+    context.world.rank0_decides(publish)
+    return target, {"weights": "as drawn"}
 
 
 def _made_by(context: Context, choice: Choice, rotation_error: float | None) -> dict[str, Any]:
@@ -134,7 +168,7 @@ class _Subject:
     @property
     def sequences(self) -> int:
         """Sequences that were used."""
-        return self.measurements * _sequences(self._context, self._choice) + self._others
+        return self.measurements * self._choice.sequences(self._context.recipe.prune) + self._others
 
     def batches(self, sequences: int, number: int, what: str) -> list[Tensor]:
         """Token ids of so many sequences, by the starting mixture; others for every `number`."""
@@ -152,7 +186,7 @@ class _Subject:
     def measure(self, masks: Mapping[str, Tensor], number: int) -> Scores:
         """Of the source's units by the recipe's scores, with these masks; less what fluctuates, where the method says so."""
         context, choice = self._context, self._choice
-        sequences, which = _sequences(context, choice), f", measurement {number + 1}," if number else ""
+        sequences, which = choice.sequences(context.recipe.prune), f", measurement {number + 1}," if number else ""
         self.measurements = number + 1
         batches = self.batches(sequences, number, f"scoring every unit{which}") if sequences else []
         weight = choice.allocation.fluctuation if choice.finds_shape else 0.0
@@ -226,12 +260,8 @@ def _slice(context: Context, pruner: StagedPruner, around: Surroundings, step: i
 
 def _of_shape(context: Context, kept: Kept, dtype: torch.dtype) -> nn.Module:
     """A stock model of what is kept, on the CPU, with any weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    values = target_config(context.source.config, kept.source, kept.anatomy, kept.layers)
-    plain = {key: value for key, value in values.items() if key not in (*NOT_OURS, "dtype", "torch_dtype")}
-    model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain), dtype=dtype)
-    return model.eval()
+    model: nn.Module = stock_of(target_config(context.source.config, kept.source, kept.anatomy, kept.layers), dtype)
+    return model
 
 
 def _learner(context: Context, choice: Choice, attachment: Attachment, subject: _Subject, begun: bool) -> GateLearner:
@@ -274,14 +304,6 @@ def _stager(context: Context, choice: Choice, attachment: Attachment, subject: _
     if not begun:
         pruner.catch_up(0)
     return pruner
-
-
-def _sequences(context: Context, choice: Choice) -> int:
-    """Sequences of one measurement; none where scores look at the weights alone, or at nothing, or at what training sees anyway."""
-    needs = {need for name in choice.scores.values() for need in scores.SCORES[name].needs}
-    if not choice.specs or not needs - {"weights"} or choice.method.from_training or context.recipe.prune.gates.start == "constant":
-        return 0
-    return context.recipe.prune.gates.calibration_sequences
 
 
 def _rotate(context: Context, subject: _Subject) -> float:

@@ -192,7 +192,7 @@ def _sizes(metrics: pictures.Metrics) -> str:
 def _kept(plan: Values) -> str:
     layers = _part(plan, "source", "shape").get("num_hidden_layers")
     if layers is None or "keep" not in plan:
-        return _missing("Nothing is chosen yet: the plan is made at the end of the prune stage.")
+        return _missing("Nothing is chosen yet: the plan is made at the end of the prune stage, unless weights are drawn at random.")
     kept = plan["keep"].get("layer")
     kept = list(range(layers)) if kept is None else kept
     cells = "".join(f'<span class="{"on" if layer in kept else "off"}">{layer}</span>' for layer in range(layers))

@@ -75,6 +75,8 @@ def target_anatomy(source: Anatomy, target: Target, axes: Collection[str] = PRUN
     """
     if target.parameters is not None:
         return uniform_shape(source, target, axes)
+    if target == Target():  # also of blocks of different sizes
+        return source
     problems = find_problems(source, target, axes)
     if problems:
         nearest = ", ".join(f"{field}={size}" for field, size in nearest_feasible(source, target).items())

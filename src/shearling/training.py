@@ -41,7 +41,8 @@ def train(context: Context, pruned: Mapping[str, Any], source_result: Mapping[st
         heldout_errors=dict(pruned["loss_error"]["pruned"]),
     )
     model.train()
-    objective = objective_of(context, config, model, load_plan(context.path / "plan.json").layers, around.objective)
+    blocks = load_plan(context.path / "plan.json").layers if config.distill and "blocks" in config.distill.states else ()
+    objective = objective_of(context, config, model, blocks, around.objective)
     progress = fit(model, config, replace(around, objective=objective), start)
     model.eval()
     remove_projectors(model)

@@ -11,31 +11,48 @@ from typing import TYPE_CHECKING, Any
 
 from shearling.config import parse
 from shearling.data.config import OF_PREPARED
-from shearling.errors import ConfigError, Problem
+from shearling.errors import ArtifactError, ConfigError, Problem
 from shearling.io.files import check_writable, write_atomic
 from shearling.planning import STAGES_THAT_TRAIN, available_memory, disk_needed, expected_target, memory_warning, stage_memory
-from shearling.recipe import Recipe
-from shearling.run import RunDirectory, check_artifacts
-from shearling.show import Show
+from shearling.recipe import Recipe, RecipeLike, load_recipe
+from shearling.run import RunDirectory, check_artifacts, run_path
+from shearling.show import Shielded, Show, Silent
 from shearling.sources import Source, open_source
 from shearling.steering import check_steering
 from shearling.summary import STAGES, summarise
 from shearling.texts import cache_notes, read_text_of_recipe, with_domains_of
-from shearling.world import World, restarted
+from shearling.world import World, join, restarted
 
 if TYPE_CHECKING:
     from shearling.stages import Context
 
 
-def on_processes(
-    world: World, last: str, loaded: Recipe, path: Path, overwrite: bool, accept_changed: Sequence[str], shown: Show
+def through(
+    last: str,
+    recipe: RecipeLike,
+    out: str | Path | None,
+    overrides: Sequence[str],
+    overwrite: bool,
+    accept_changed: Sequence[str],
+    show: Show | None,
+    page: bool = True,
 ) -> dict[str, Any]:
-    """Do every stage up to `last` that is not done, on the processes of a world, and write the report.
+    """Do every stage up to `last` (of `STAGES`) that is not done, and write the report; on as many processes as there are.
 
-    A stage may be such a run itself.
+    Other arguments, what is returned, and errors as for `shearling.api.run`. `page`: whether to write report.html, too.
     """
+    loaded, path = load_recipe(recipe, overrides), run_path(recipe, out)
+    with join(loaded.runtime.device, loaded.runtime.timeout) as world:
+        shown: Show = Shielded(show) if show is not None and world.first else Silent()
+        return _on(world, last, loaded, path, overwrite, accept_changed, shown, page)
+
+
+def _on(
+    world: World, last: str, loaded: Recipe, path: Path, overwrite: bool, accept_changed: Sequence[str], shown: Show, page: bool = True
+) -> dict[str, Any]:
+    """The same on the processes of a world; a stage may be such a run itself."""
     with ExitStack() as held:
-        source, device = world.everywhere(lambda: _checked(loaded, last, world, overwrite, new=not path.exists()))
+        source, device = world.everywhere(lambda: check_recipe(loaded, last, world, overwrite, new=not path.exists()))
         manifest = world.rank0_decides(lambda: read_text_of_recipe(loaded, source))
         loaded = world.everywhere(partial(with_domains_of, loaded, manifest))
         afresh = overwrite and not restarted()  # what a launcher starts again is to go on
@@ -60,7 +77,7 @@ def on_processes(
                 directory.do(name, work, shown, again=name == last == "prepare", world=world)
         if last == "prepare":  # what was made again must be what the later stages used
             world.rank0_decides(lambda: check_artifacts(directory.path, manifest=manifest))
-        return world.rank0_decides(lambda: _report(directory.path, loaded, source, shown))
+        return world.rank0_decides(lambda: _report(directory.path, loaded, source, shown, page))
 
 
 def _stages(recipe: Recipe, last: str) -> tuple[str, ...]:
@@ -79,13 +96,25 @@ def _teach(context: Context) -> dict[str, Any]:
     steps = {key: value for key, value in values["teacher"].items() if key != "model"}
     changed = {"source": asked.model or context.recipe.source, "target": None, "data": text, "teacher": None, "prune": {}, "train": steps}
     recipe = parse(Recipe, {**values, **changed, "export": {}}, "teacher")
-    found = on_processes(context.world, "train", recipe, context.path / "teacher", False, ("train",), context.show)
+    found = _on(context.world, "train", recipe, context.path / "teacher", False, ("train",), context.show)
     return {"loss": found["loss"]["final"], "tokens": found["tokens"]["train"]}
 
 
-def _checked(recipe: Recipe, last: str, world: World, overwrite: bool, new: bool) -> tuple[Source, str]:
-    """The source, and the device of this process; raises what can be known to be wrong without the run directory."""
-    source = open_source(recipe.source)
+def check_recipe(recipe: Recipe, last: str, world: World, overwrite: bool, new: bool, opened: Source | None = None) -> tuple[Source, str]:
+    """The source, and the device of this process; raises what can be known to be wrong without the run directory.
+
+    Args:
+        recipe: of the run.
+        last: the stage up to which it is to go.
+        world: the processes of the run.
+        overwrite: whether a run that is there is to be deleted.
+        new: whether none is there.
+        opened: its source, where that is open already.
+    """
+    source = opened or open_source(recipe.source)
+    if source.anatomy.blocks and recipe.target is not None:
+        remedy = "Make a stock checkpoint of it with `shearling pad`, and give that; or leave target out to train it further."
+        raise ArtifactError("this source cannot be sheared", [Problem("source", "blocks of different sizes", remedy)])
     expected_target(source, recipe)
     if overwrite or new:
         check_steering(recipe, source, _stages(recipe, last))
@@ -100,10 +129,12 @@ def _checked(recipe: Recipe, last: str, world: World, overwrite: bool, new: bool
         check_targets(recipe.train.lora, source.anatomy)
     if recipe.teacher is not None and recipe.teacher.model is not None:
         _check_teacher(recipe.teacher.model, source)
-    if recipe.target is not None:
-        from shearling.prune.methods import choose
+    from shearling.prune.methods import choose
 
-        choose(recipe.prune, source.anatomy, recipe.target)
+    chosen = choose(recipe.prune, source.anatomy, recipe.target)
+    if chosen.method.draws and recipe.target is not None and any(s.distill and s.distill.blocks for s in (recipe.prune, recipe.train)):
+        remedy = "Its blocks stand for none of the source's: set it to 0, or take another method."
+        raise ConfigError("there is nothing to compare", [Problem("distill.blocks", f"with {chosen.method.name}", remedy)])
     around_the_cut = {"prune.rotate": recipe.prune.rotate, "prune.compensate": recipe.prune.compensate}
     if world.size > 1 and any(value not in ("no", 0) for value in around_the_cut.values()):
         remedy = "It needs the whole model in one process: start one, or leave it out."
@@ -176,9 +207,11 @@ def _work(name: str, context: Context, directory: RunDirectory) -> Callable[[], 
     return work
 
 
-def _report(path: Path, recipe: Recipe, source: Source, show: Show) -> dict[str, Any]:
-    """Write report.json, and report.html if it can be: what it fails for is told and recorded, and does not end the run."""
+def _report(path: Path, recipe: Recipe, source: Source, show: Show, page: bool) -> dict[str, Any]:
+    """Write report.json, and with `page` report.html if it can be: what it fails for is told and recorded, and does not end the run."""
     values = write_numbers(path, recipe, source)
+    if not page:
+        return values
     try:
         from shearling.report import write_report
 

@@ -38,7 +38,9 @@ def all_open(source: Anatomy, axes: Collection[str]) -> Masks:
 
 
 def left(source: Anatomy, masks: Mapping[str, Tensor]) -> Anatomy:
-    """The anatomy that masks leave of a source whose blocks are alike."""
+    """The anatomy that masks leave of a source, whose blocks must be alike where there are any."""
+    if not masks:
+        return source
     sizes = source.sizes
     kept = {axis: mask.gt(0).cpu() for axis, mask in masks.items()}
     layers = kept["layer"].nonzero().flatten().tolist() if "layer" in kept else list(range(sizes["layer"]))

@@ -46,6 +46,8 @@ class Method:
     """What is pruned under a budget of parameters, unless the recipe says otherwise."""
     from_training: bool = False
     """Whether scores come from training's own gradients, and not from calibration sequences."""
+    draws: bool = False
+    """Whether nothing of the source is kept but its shape: weights are drawn at random, and no score decides."""
     compare: str = "parameters"
     """See `AllocationConfig.compare`."""
     fluctuation: float = 0.0
@@ -107,11 +109,18 @@ register(
 )
 register("magnitude", "Li et al. 2017, arXiv 1608.08710", "smallest weights", every="magnitude-l1")
 register("minitron", "Muralidharan et al. 2024, arXiv 2407.14679", "smallest activations", every="activation", layer="block-influence")
-register("flap", "An et al. 2024, arXiv 2312.11983", "steadiest inputs of the projections", every="fluctuation")
+register(
+    "flap",
+    "An et al. 2024, arXiv 2312.11983",
+    "steadiest inputs of the projections",
+    how={"axes": HEADS_AND_NEURONS},
+    every="fluctuation",
+)
 register("shortgpt", "Men et al. 2024, arXiv 2403.03853", "blocks that change the stream least", layer="block-influence")
 register("last-blocks", "Gromov et al. 2024, arXiv 2403.17887", "the blocks before the last, without looking", layer="last-blocks")
 register("every-nth", "a control", "blocks evenly spread over the depth", layer="every-nth")
 register("random", "the control that every other has to beat", "chance", every="random")
+register("from-scratch", "the control without a source", "random weights in the target's shape", how={"draws": True, "axes": PRUNABLE})
 
 
 @cache
@@ -189,6 +198,25 @@ class Choice:
         """Whether the method's scores decide on the shape, too."""
         return self.method.rule != "shape"
 
+    def sequences(self, prune: PruneConfig) -> int:
+        """Sequences of one measurement; none where scores look at the weights alone, or at nothing, or at what training sees anyway."""
+        needs = {need for name in self.scores.values() for need in scores.SCORES[name].needs}
+        if not self.specs or not needs - {"weights"} or self.method.from_training or prune.gates.start == "constant":
+            return 0
+        return prune.gates.calibration_sequences
+
+
+_OF_A_CUT = ("scores", "cuts", "slice_every", "keep_moments", "rotate", "compensate")
+"""Fields of the prune section that say something of a cut."""
+
+
+def _without_a_cut(prune: PruneConfig, method: Method) -> list[Problem]:
+    """What is asked for of a cut, or of training before it, where weights are drawn."""
+    given = {name: getattr(prune, name) for name in _OF_A_CUT if getattr(prune, name) != type(prune).model_fields[name].default}
+    given |= {"steps": prune.steps} if prune.steps else {}
+    remedy = f"The method {method.name} draws its weights and cuts nothing: leave it out."
+    return [Problem(f"prune.{name}", str(value), remedy) for name, value in given.items()]
+
 
 def _on_the_way(prune: PruneConfig, method: Method, uniform: bool) -> list[Problem]:
     """What is wrong about what is asked for of the cuts that are made along training."""
@@ -237,7 +265,9 @@ def choose(prune: PruneConfig, source: Anatomy, asked: Target | None) -> Choice:
     if method.from_training and not prune.steps and asked is not None:
         remedy = f"The method {method.name} scores by training's own gradients: give the number of steps."
         problems.append(Problem("prune.steps", "0", remedy))
-    if asked is not None:
+    if method.draws:
+        problems += _without_a_cut(prune, method)
+    elif asked is not None:
         problems += _on_the_way(prune, method, uniform)
     if problems:
         raise ConfigError("this method cannot be used so", problems)
@@ -248,7 +278,7 @@ def choose(prune: PruneConfig, source: Anatomy, asked: Target | None) -> Choice:
     asked_scores = prune.scores
     if prune.rotate != "no" and "hidden" in specs and not isinstance(asked_scores, str):  # by what the axes carry, unless asked
         asked_scores = {"hidden": "first-channels", **(asked_scores or {})}
-    chosen = choose_scores(method, asked_scores, {**specs, **weighed})
+    chosen = {} if method.draws else choose_scores(method, asked_scores, {**specs, **weighed})
     more = {name for name in chosen.values() if scores.SCORES[name].needs - {"weights", "weight_gradients"}}
     if method.from_training and more:
         remedy = "Training has weights and their gradients alone: take taylor-element, taylor-vector, or a magnitude."

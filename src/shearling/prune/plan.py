@@ -81,7 +81,7 @@ def load_plan(path: Path) -> PrunePlan:
         if not isinstance(value, kind):
             problems.append(_wrong(name, value))
     for name, shape in (("source.shape", source.get("shape")), ("target.shape", target.get("shape"))):
-        if not isinstance(shape, dict) or not all(type(size) is int or (name[0] == "t" and _indices(size)) for size in shape.values()):
+        if not isinstance(shape, dict) or not all(type(size) is int or _indices(size) for size in shape.values()):
             problems.append(_wrong(name, shape))
     keep, misnumbered = _with_layer_numbers(values.get("keep"))
     problems += misnumbered + _keep_problems(keep)
@@ -156,9 +156,10 @@ def plan_from_masks(
         "neuron": {},
     }
     for layer in layers:
+        block = source.sizes_in(layer)
         for axis in ("group", "neuron"):
-            keep[axis][layer] = _open(masks[axis][layer]) if axis in masks else list(range(sizes[axis]))
-        every_query = list(range(sizes["query"]))
+            keep[axis][layer] = _open(masks[axis][layer]) if axis in masks else list(range(block[axis]))
+        every_query = list(range(block["query"]))
         keep["query"][layer] = [_open(masks["query"][layer][g]) if "query" in masks else every_query for g in keep["group"][layer]]
     plan = PrunePlan(shape_of(source), shape_of(target), keep, fingerprint, dict(made_by or {}))
     check_plan(plan, source, target)

@@ -46,7 +46,7 @@ class Kept:
 
     def __init__(self, source: Anatomy, masks: Mapping[str, Tensor]) -> None:
         self.source, self.anatomy, self.masks = source, left(source, masks), dict(masks)
-        if self.anatomy.blocks:
+        if masks and self.anatomy.blocks:
             raise ValueError("blocks that differ cannot be sliced on the way")
         layer_L, hidden_D, group_LG, query_LGQ, neuron_LM = (
             ({**all_open(source, PRUNABLE), **masks})[axis].gt(0).cpu() for axis in PRUNABLE

@@ -30,7 +30,7 @@ def transform(plan: PrunePlan, source: Anatomy, target: Anatomy, reader: Reader)
     for name, pattern in target.tensors().items():
         source_name, layer = target.moved(name, layers)
         whole = reader.get(source_name).detach()
-        tensor = slice_tensor(whole, pattern, source.sizes, plan.keep_in(layer)).contiguous()
+        tensor = slice_tensor(whole, pattern, source.sizes_in(layer), plan.keep_in(layer)).contiguous()
         if tensor.data_ptr() == whole.data_ptr():
             tensor = tensor.clone()
         del whole  # and with it the mapping of its file, before the next is opened

@@ -209,7 +209,7 @@ def worst_tensor(
         source_name, layer = target.moved(name, layers)
         expected = weights.get(source_name).detach()
         for dim, axes in enumerate(parse_pattern(pattern)):
-            open_ = open_positions(axes, source.sizes, masks, layer).to(expected.device)
+            open_ = open_positions(axes, source.sizes_in(layer), masks, layer).to(expected.device)
             expected = expected[(slice(None),) * dim + (open_,)]
         difference = _tensor_difference(name, expected, cut.get(name))
         if difference and (worst is None or difference.max_abs_difference > worst.max_abs_difference):

@@ -1,0 +1,55 @@
+"""What methods that train while they prune make of a number of tokens."""
+
+from __future__ import annotations
+
+import pytest
+
+from shearling.budget import compensated_on, settings
+
+AS_COMPARED = {
+    "sheared-llama": ("prune.steps=30",),
+    "adapt-pruner": ("prune.steps=30", "prune.cuts=3", "prune.share=linear", "prune.gates.calibration_sequences=8"),
+    "efficientllm": ("prune.steps=60", "prune.cuts=30"),
+    "taylor": ("prune.steps=0",),
+    "from-scratch": ("prune.steps=0",),
+}
+
+
+def values(method: str, tokens: int, batch_tokens: int = 1024, sequence_length: int = 128) -> dict[str, str]:
+    return dict(assignment.split("=") for assignment in settings(method, tokens, batch_tokens, sequence_length))
+
+
+@pytest.mark.parametrize("method", AS_COMPARED)
+def test_the_methods_as_they_were_first_compared(method: str) -> None:
+    assert settings(method, 100_000, 1024, 128) == AS_COMPARED[method]
+    assert compensated_on(100_000, 128) == 64
+
+
+def test_they_grow_with_the_tokens_whatever_the_batch() -> None:
+    for method in ("sheared-llama", "adapt-pruner", "efficientllm"):
+        once, ten, larger = (values(method, *given) for given in ((100_000,), (1_000_000,), (1_000_000, 4096)))
+        assert int(ten["prune.steps"]) == 10 * int(once["prune.steps"])
+        assert int(larger["prune.steps"]) == pytest.approx(int(ten["prune.steps"]) / 4, abs=1)
+    assert values("adapt-pruner", 1_000_000)["prune.cuts"] == "30" and values("efficientllm", 1_000_000)["prune.cuts"] == "300"
+
+
+def test_what_is_enough_is_enough() -> None:
+    much = 10**9
+    assert values("sheared-llama", much)["prune.steps"] == "3200"
+    assert values("adapt-pruner", much)["prune.cuts"] == "50" and values("efficientllm", much)["prune.cuts"] == "500"
+    assert int(values("efficientllm", much)["prune.steps"]) == 600_000
+    assert values("adapt-pruner", much)["prune.gates.calibration_sequences"] == "32" and compensated_on(much, 128) == 64
+
+
+@pytest.mark.parametrize("tokens", [1, 300, 1024, 5000])
+def test_few_tokens_still_make_a_recipe(tokens: int) -> None:
+    """No more cuts than steps, and something to measure on; whether it is enough is for others to say."""
+    for method in ("sheared-llama", "adapt-pruner", "efficientllm"):
+        found = values(method, tokens)
+        assert 1 <= int(found.get("prune.cuts", 1)) <= int(found["prune.steps"])
+        assert int(found.get("prune.gates.calibration_sequences", 1)) >= 1
+    assert compensated_on(tokens, 128) >= 1
+
+
+def test_long_sequences_are_fewer() -> None:
+    assert compensated_on(100_000, 1024) == 8 and values("adapt-pruner", 100_000, 1024, 512)["prune.gates.calibration_sequences"] == "2"
