@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from models import save_tiny_source, tiny_tokenizer
-from runs import command, contents, recipe_values
+from runs import contents, forked, recipe_values
 from shearling import cli
 from shearling.io.files import RunLock
 from shearling.train import loop
@@ -246,14 +246,14 @@ def test_numbers_that_go_wrong(run: Command, good: dict[str, Any], stage: str) -
 def test_a_full_disk(good: dict[str, Any], tmp_path: Path, limit: int, leaves: set[str]) -> None:
     """No file may grow beyond `limit` bytes: of the recipe, of the token shards, of the weights."""
     recipe, out, stderr = tmp_path / "recipe.yaml", tmp_path / "out", tmp_path / "stderr"
-    recipe.write_text(json.dumps(good))
-    code = command(["run", str(recipe), "--out", str(out)], stderr, file_bytes=limit)
+    recipe.write_text(json.dumps(good | {stage: good[stage] | {"steps": 4} for stage in ("prune", "train")}))
+    code = forked(["run", str(recipe), "--out", str(out)], stderr, limit)
     message = stderr.read_text()
     assert code == 6, message
     assert message.count("error:") == 1 and "Traceback" not in message and "ulimit -f" in message
     assert {path.name for path in out.iterdir()} & (set(FINAL) - {"metrics.jsonl"}) == leaves
     assert not list(tmp_path.rglob(".tmp-*"))
-    assert command(["run", str(recipe), "--out", str(out)], stderr) == 0, stderr.read_text()
+    assert forked(["run", str(recipe), "--out", str(out)], stderr) == 0, stderr.read_text()
 
 
 def test_memory_that_runs_out(run: Command, good: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -352,7 +352,7 @@ def test_the_mixture_follows_its_rule(update: str, values: dict[str, Any], tmp_p
 
 
 def test_a_speed_that_cannot_be_measured_ends_no_run(finished: Path, values: dict[str, Any], tmp_path: Path) -> None:
-    out, told = tmp_path / "run", Notes()
+    out, told = unfinished(Path(shutil.copytree(finished, tmp_path / "run")), "evaluate"), Notes()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shearling.stages.measure_speed", lambda *args, **kwargs: 1 / 0)
         report = shearling.run(values, out, show=told)

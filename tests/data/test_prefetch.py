@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shearling.data import loader as loading
 from shearling.data.draw import KINDS, Kind
 from shearling.data.loader import Batch, Loader
 from shearling.data.tokens import TokenSet
@@ -61,6 +62,12 @@ def _no_thread_is_left() -> Any:
     assert not threads()
 
 
+@pytest.fixture
+def _always_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads read ahead for a caller who is back at once, too."""
+    monkeypatch.setattr(loading, "_PAUSE", 0.0)
+
+
 def same(one: Batch, other: Batch) -> bool:
     return all(np.array_equal(getattr(one, name), getattr(other, name)) for name in ("ids", "domains", "samples", "cursors"))
 
@@ -76,16 +83,21 @@ moves = st.lists(st.sampled_from(["go on", "weights", "a hair", "again", "jump",
     length=st.sampled_from([3, 2**15]),
     batch_size=st.integers(1, 9),
     draw=st.sampled_from(KINDS),
+    aways=st.lists(st.booleans(), min_size=1, max_size=5),
 )
 def test_whatever_is_asked_for_next_is_what_a_new_loader_gives(
-    moves: list[str], prefetch: int, workers: int, length: int, batch_size: int, draw: Kind
+    moves: list[str], prefetch: int, workers: int, length: int, batch_size: int, draw: Kind, aways: list[bool]
 ) -> None:
-    """Weights that move by much or by the last bit, steps again or far off, other rows, other cursors."""
+    """Weights that move by much or by the last bit, steps again or far off, other rows, other cursors; the caller back at once, or not."""
     tokens = token_set(Text(50, length), Text(7, length))
     step, weights, rows = 0, WEIGHTS, np.arange(batch_size)
-    with Loader(tokens, batch_size, 5, draw=draw, prefetch=prefetch, workers=workers) as loader:
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Loader(tokens, batch_size, 5, draw=draw, prefetch=prefetch, workers=workers) as loader,
+    ):
         cursors = loader.start()
-        for move in moves:
+        for number, move in enumerate(moves):
+            patch.setattr(loading, "_PAUSE", 0.0 if aways[number % len(aways)] else 1e9)
             if move == "weights":
                 weights = weights[::-1]
             elif move == "a hair":
@@ -126,6 +138,46 @@ def test_threads_read_as_far_ahead_as_asked_and_no_further() -> None:
     assert len(threads()) == 0
 
 
+def test_a_slow_disk_is_hidden_behind_steps_that_take_time() -> None:
+    """Only the first batch is waited for: 20 ms of reading each fit into steps of 60 ms."""
+    readers: list[str] = []
+
+    def read(sample: int) -> None:
+        readers.append(threading.current_thread().name)
+        time.sleep(0.01)
+
+    waits = []
+    with Loader(token_set(Text(100, 2**16, read)), 2, 5, prefetch=2) as loader:
+        cursors = loader.start()
+        for step in range(6):
+            began = time.monotonic()
+            cursors = loader.batch(step, np.ones(1), cursors).cursors
+            waits.append(time.monotonic() - began)
+            time.sleep(0.06)
+    assert waits[0] >= 0.02
+    assert sum(waits[1:]) < 0.05
+    assert readers.count(threading.main_thread().name) == 2
+
+
+def test_who_is_back_at_once_reads_for_itself_and_who_stays_away_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As handing over takes longer than reading what is in memory."""
+    reads: list[tuple[str, int]] = []
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(loading, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    text = Text(1000, 2**17, lambda sample: reads.append((threading.current_thread().name, sample)))
+    by_threads = []
+    with Loader(token_set(text), 1, 5, prefetch=2) as loader:
+        cursors = loader.start()
+        for step, pause in enumerate([0, 0, 0, 0, 0, 2e-3, 2e-3, 0, 0, 0]):
+            clock.now += pause
+            batch = loader.batch(step, np.ones(1), cursors)
+            cursors = batch.cursors
+            (reader,) = [name for name, sample in reads if sample == batch.samples[0]]
+            by_threads.append(reader.startswith(NAME))
+    # Two are read ahead for who asks for the first time, and for who comes back after a pause.
+    assert by_threads == [False, True, True, False, False, False, True, True, True, False]
+
+
 @pytest.mark.parametrize(("prefetch", "workers"), [(0, 3), (3, 0), (0, 0)])
 def test_nothing_is_read_ahead_without_depth_or_threads(prefetch: int, workers: int) -> None:
     reads: list[int] = []
@@ -134,6 +186,7 @@ def test_nothing_is_read_ahead_without_depth_or_threads(prefetch: int, workers: 
     assert not threads() and reads == batch.samples.tolist()
 
 
+@pytest.mark.usefixtures("_always_ahead")
 def test_an_error_is_raised_by_the_batch_that_needs_the_row_and_by_no_other() -> None:
     def read(sample: int) -> None:
         if sample == bad:
@@ -187,6 +240,7 @@ def test_threads_end_with_the_loader() -> None:
     del loader  # and let go without a word; see the fixture
 
 
+@pytest.mark.usefixtures("_always_ahead")
 def test_an_interrupt_while_waiting_loses_nothing() -> None:
     class Interrupt(BaseException):
         pass

@@ -14,6 +14,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,6 +275,11 @@ def _check(file: TextFile, info: dict[str, Any]) -> None:
         check_size(file, info["size"])
 
 
+def _check_answer(file: TextFile, info: dict[str, Any]) -> None:
+    """As `_check`, of what stands in an answer; where a server leaves the mark out of answers of parts, it is asked for the whole."""
+    _check(file, web.info(file.path) if file.mark is not None and _mark(info) is None else info)
+
+
 def _remote_blocks(file: TextFile) -> Iterator[bytes]:
     """The bytes of a file behind a URL. Where reading fails it is tried again from the same place, after each of `RETRY_WAITS`."""
     at, waits = 0, iter(RETRY_WAITS)
@@ -295,8 +301,11 @@ def _remote_blocks(file: TextFile) -> Iterator[bytes]:
 
 def _remote_blocks_once(file: TextFile, start: int) -> Iterator[bytes]:
     if web.is_web(file.path):
-        _check(file, web.info(file.path))
-        yield from web.stream(file.path, start, _BLOCK)
+        try:
+            yield from web.stream(file.path, start, _BLOCK, partial(_check_answer, file))
+        except web.NoSuchPart:
+            _check(file, web.info(file.path))  # most likely it is shorter now
+            raise
         return
     system, path = _unchanged(file)
     with system.open(path, "rb", block_size=_REMOTE_BLOCK) as opened:

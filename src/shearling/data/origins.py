@@ -24,7 +24,8 @@ import json
 import os
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -111,6 +112,16 @@ class Survey:
     """Digests of the documents of all held-out files: no domain trains on them."""
     few: dict[str, int]
     """Number of distinct training documents of each domain that has fewer than `FEW_DOCUMENTS`."""
+    claimed: dict[str, frozenset[bytes]] = field(default_factory=dict)
+    """Digests of the documents of each of these domains that has no held-out text of its own. It holds out a part of each, so no other
+    domain uses them; of several that share one the first by name has it."""
+    held: frozenset[bytes] = frozenset()
+    """Digests of what other domains hold out by hash; only domains with held-out text of their own need to know (held.py)."""
+
+    def forbidden_to(self, origin: Origin) -> frozenset[bytes]:
+        """Digests of the documents that a domain must not train on, as they are held out, whole or in part, in any domain."""
+        claimed = [digests for name, digests in self.claimed.items() if name != origin.name]
+        return self.forbidden.union(*claimed, self.held if origin.heldout else ())
 
 
 def find_origins(config: DataConfig) -> list[Origin]:
@@ -170,7 +181,7 @@ def survey(origins: Sequence[Origin]) -> Survey:
     """Read all held-out files and the first training documents of every domain, without tokenising.
 
     Raises:
-        DataError: domains without text, all at once; or the first file that cannot be read.
+        DataError: domains without text of their own, all at once; or the first file that cannot be read.
     """
     forbidden: set[bytes] = set()
     few, problems = {}, []
@@ -181,20 +192,30 @@ def survey(origins: Sequence[Origin]) -> Survey:
         if origin.heldout and not own:
             remedy = "Give held-out text that is used, or leave it out."
             problems.append(Problem(f"domains.{origin.name}.heldout", _nothing_of(reading), remedy))
+    inside: dict[str, set[bytes]] = {}
     for origin in origins:
         counts: Counter[str] = Counter()
-        reading = origin.texts("train")
-        number = sum(1 for _ in islice(distinct(reading, forbidden, counts), FEW_DOCUMENTS))
-        reading.close()
-        if number < FEW_DOCUMENTS:
-            few[origin.name] = number
-        if not number:
+        with closing(origin.texts("train")) as reading:
+            digests = {digest for _, digest in islice(distinct(reading, forbidden, counts), FEW_DOCUMENTS)}
+        if len(digests) < FEW_DOCUMENTS:
+            few[origin.name] = len(digests)
+            if not origin.heldout:
+                inside[origin.name] = digests
+        if not digests:
             overlap = counts["overlapping_documents"]
             found = f"{overlap} documents, all of them held out" if overlap else _nothing_of(reading)
             problems.append(Problem(f"domains.{origin.name}", found, "Give text to train on that is not held out."))
+    claimed: dict[str, frozenset[bytes]] = {}
+    for name, digests in sorted(inside.items()):
+        claimed[name] = frozenset(digests.difference(*claimed.values()))
+        few[name] = len(claimed[name])
+        if digests and not claimed[name]:
+            others = " and ".join(other for other, theirs in claimed.items() if theirs & digests)
+            remedy = "Few documents are split inside them, which only one domain can do: give it text of its own, or leave it out."
+            problems.append(Problem(f"domains.{name}", f"{len(digests)} documents, all of them in {others}, too", remedy))
     if problems:
         raise DataError(f"{len(problems)} domain{'s' * (len(problems) > 1)} without text", problems)
-    return Survey(frozenset(forbidden), few)
+    return Survey(frozenset(forbidden), few, claimed)
 
 
 def _nothing_of(reading: Reading) -> str:

@@ -88,7 +88,7 @@ def pack_domain(
             try:
                 if origin.heldout and not packing.resumed:
                     packing.take("heldout", (), lambda _: "heldout", ("heldout",))
-                packing.take("train", survey.forbidden, sides, ("train",) if origin.heldout else SPLITS)
+                packing.take("train", survey.forbidden_to(origin), sides, ("train",) if origin.heldout else SPLITS)
             except DamagedFile:
                 ledger.discard()  # what was read of the file before the damage showed may be wrong, too
                 raise

@@ -11,11 +11,13 @@ exact duplicates dropped, and held-out text chosen document by document, so that
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from shearling.data.config import DataConfig
 from shearling.data.encode import Encoder, tokenizer_fingerprint
+from shearling.data.held import held_out
 from shearling.data.origins import Origin, find_origins, survey
 from shearling.data.pack import Tell, pack_domain
 from shearling.data.partial import Partial
@@ -54,8 +56,9 @@ def prepare(
     Held out are a domain's `heldout` files, or else documents split off from its text: a document is held out where a hash of seed
     and text falls under a small fraction, whatever other files there are, until `heldout_sequences` are filled; such documents
     beyond that are dropped, never trained on. A domain of fewer than 200 documents is split inside them instead: the last part of
-    each, at most a tenth, which the manifest's `notes` say. Documents of held-out files are trained on in no domain. A document
-    that is repeated inside a domain is used once.
+    each, at most a tenth, which the manifest's `notes` say. What one domain holds out is trained on in none, and documents that are
+    split inside are used in one domain alone; docs/data.md has the one exception. A document that is repeated inside a domain is
+    used once.
 
     Args:
         config: domains and lengths; paths are relative to the working directory unless `config.resolved` made them absolute.
@@ -69,7 +72,7 @@ def prepare(
 
     Returns:
         The manifest. By domain: documents and heldout_documents (used whole or in part), duplicate_documents, overlapping_documents,
-        filtered_documents and skipped_documents (dropped: repeated, found in held-out files, left out by `where`, broken),
+        filtered_documents and skipped_documents (dropped: repeated, held out in another way, left out by `where`, broken),
         train_sequences, heldout_sequences, tokens and bytes (of the text used on both sides; tokens with the marks), shards by split
         (file, sequences, sha256), notes. Beside them document_end, the id that ends each document and that nothing else has.
 
@@ -144,6 +147,8 @@ def _complete(partial: Partial, config: DataConfig, encoder: Encoder, origins: l
     if not missing:
         return
     whole = survey(origins)
+    if any(origin.heldout for origin in missing):
+        whole = replace(whole, held=held_out(origins, whole, config, encoder, seed))
     # Small domains first: one that is too short for a sequence is found before hours go into a large one.
     for origin in sorted(missing, key=lambda origin: float("inf") if (size := origin.size()) is None else size):
         ledger = partial.ledger(origin.name)

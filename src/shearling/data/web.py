@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import time
 from base64 import b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from http.client import HTTPException, HTTPResponse
@@ -16,7 +16,11 @@ from urllib.request import HTTPRedirectHandler, OpenerDirector, Request, build_o
 
 TIMEOUT = 60.0
 """Seconds without a byte after which a try is given up."""
-_GONE, _REFUSED = (404, 410), (401, 403)
+_GONE, _REFUSED, _BEYOND = (404, 410), (401, 403), 416
+
+
+class NoSuchPart(OSError):
+    """The file ends before the first byte that was asked for."""
 
 
 def is_web(url: str) -> bool:
@@ -57,8 +61,8 @@ def _answer(url: str, start: int = 0, end: int | None = None) -> Iterator[HTTPRe
             yield answer
     except HTTPError as error:
         with error:  # it is the open answer, too
-            kind = FileNotFoundError if error.code in _GONE else PermissionError if error.code in _REFUSED else OSError
-            raise kind(f"HTTP status {error.code} {error.reason}") from None
+            kinds = dict.fromkeys(_GONE, FileNotFoundError) | dict.fromkeys(_REFUSED, PermissionError) | {_BEYOND: NoSuchPart}
+            raise kinds.get(error.code, OSError)(f"HTTP status {error.code} {error.reason}") from None
     except HTTPException as error:  # what is no HTTP, or ends before it said that it would
         raise ConnectionError(f"{type(error).__name__}: {error}") from None
 
@@ -69,12 +73,30 @@ def info(url: str) -> dict[str, Any]:
     Headers are taken of a GET that is broken off: addresses that are signed for GET refuse a HEAD.
     """
     with _answer(url) as answer:
-        return {"type": "file", "size": answer.length, "ETag": answer.headers.get("ETag")}
+        return _facts(answer)
 
 
-def stream(url: str, start: int, block: int) -> Iterator[bytes]:
-    """The bytes of a file from `start` on, `block` at a time. Raises `OSError`, also where the connection ends early."""
+def _facts(answer: HTTPResponse) -> dict[str, Any]:
+    """What the headers of an answer say of the whole file, be it of all of it or of a part."""
+    size = answer.length
+    if answer.status == 206:  # "bytes 5-9/10", with * where the server does not know the last number
+        total = answer.headers.get("Content-Range", "").rpartition("/")[2]
+        size = int(total) if total.isascii() and total.isdigit() else None
+    return {"type": "file", "size": size, "ETag": answer.headers.get("ETag")}
+
+
+def stream(url: str, start: int, block: int, check: Callable[[dict[str, Any]], None] | None = None) -> Iterator[bytes]:
+    """The bytes of a file from `start` on, `block` at a time, by one request.
+
+    `check` is given what `info` tells before the first bytes are read, and ends the reading by raising.
+
+    Raises:
+        NoSuchPart: the file has less than `start` bytes, or just so many.
+        OSError: another failure, also where the connection ends early.
+    """
     with _answer(url, start) as answer:
+        if check is not None:
+            check(_facts(answer))
         passed = 0 if answer.status == 206 else start  # a server that knows no ranges sends all of it
         while passed:
             passed -= len(answer.read(min(block, passed))) or passed
