@@ -86,10 +86,23 @@ def test_every_row_spends_the_same_on_the_same_text(compared: Path) -> None:
         assert report["loss"]["final"] == row["loss"]["final"] and report["loss"]["source"] == found["source"]["loss"]
         assert sum(report["tokens"].values()) == row["tokens"] and report["seed"] == row["seed"]
         assert not (compared / row["folder"] / "data").exists()  # the text is there once
+        assert (compared / row["folder"] / "model").exists() and not (compared / row["folder"] / "checkpoints").exists()
     spent = {row["label"]: row["pruning_tokens"] for row in found["rows"]}
     assert spent == {"taylor": 2 * 32, "sheared-llama": 2 * BATCH + 2 * 32, "from-scratch": 0}
     text = open_text(find_text(compared / "text"))
     assert all(len(text.sequences(domain, "heldout")) for domain in DOMAINS)
+
+
+def test_cuts_can_be_compared_by_themselves(values: dict[str, Any], compared: Path, tmp_path: Path) -> None:
+    """What they cost is what they cost in a whole comparison; and neither goes on as the other."""
+    found = shearling.compare(values, tmp_path / "out", ["taylor", "sheared-llama"], tokens=TOKENS, cuts_only=True)
+    whole = {row["label"]: row for row in read(compared)["rows"] if row["seed"] == 17}
+    for row in found["rows"]:
+        assert row["loss"]["final"] == row["loss"]["cut"] == whole[row["label"]]["loss"]["cut"]
+        assert row["tokens"] == row["pruning_tokens"] == whole[row["label"]]["pruning_tokens"]
+    assert "Nothing was recovered" in (tmp_path / "out" / "comparison.md").read_text()
+    with pytest.raises(ConfigError, match="cuts_only: found True -> False"):
+        shearling.compare(values, tmp_path / "out", ["taylor"], tokens=TOKENS)
 
 
 def test_the_seeds_differ_and_their_spread_is_told(compared: Path) -> None:

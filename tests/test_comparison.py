@@ -57,7 +57,7 @@ def test_what_the_rows_say_together() -> None:
     rows += [made_up("from-scratch", 1, 5.0, [(0, 9), (100, 7), (1000, 5)])]
     rows += [made_up("tool|x", 1, 6.0, [(0, 9), (100, 6)], checkpoint=True, speed=other)]
     rows += [{"name": "bad", "label": "bad", "seed": 1, "learning_rate": None, "failed": "numbers\nwent wrong"}]
-    found = {**summarise(rows, SOURCE), "source": SOURCE, "tokens": 100, "rows": rows}
+    found = {**summarise(rows, SOURCE), "source": SOURCE, "tokens": 100, "cuts_only": False, "rows": rows}
     scratch, cut, tool = found["contenders"]
     assert [one["label"] for one in found["contenders"]] == ["from-scratch", "cut", "tool|x"]
     assert cut["final"]["mean"] == pytest.approx(5.2) and cut["spread"]["a"] == pytest.approx(0.2) and tool["spread"]["a"] is None

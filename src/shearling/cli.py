@@ -109,6 +109,7 @@ def compare(
         list[str] | None, typer.Option(metavar="A,B,...", help="Of recovery: try each on the first seed, take the best for the others.")
     ] = None,
     scratch_tokens: Annotated[int | None, typer.Option(help="What from-scratch may spend, in the place of --tokens.")] = None,
+    cuts_only: Annotated[bool, typer.Option("--cuts-only", help="Recover nothing: what a cut costs by itself.")] = False,
     overrides: Set = None,
     as_json: AsJson = False,
 ) -> None:
@@ -116,7 +117,8 @@ def compare(
     from shearling.compare import TABLE_FILE
     from shearling.compare import compare as function
 
-    more: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "scratch_tokens": scratch_tokens, "overrides": overrides or ()}
+    more: dict[str, Any] = {"seeds": seeds, "tokens": tokens, "scratch_tokens": scratch_tokens, "cuts_only": cuts_only}
+    more["overrides"] = overrides or ()
     found = function(recipe, out, _listed(methods), learning_rates=_rates(learning_rates or ()), show=Terminal(), **more)
     typer.echo(json.dumps(found, indent=1) if as_json else (out / TABLE_FILE).read_text())
 

@@ -35,7 +35,16 @@ from shearling.contenders import (
 )
 from shearling.data.elsewhere import read_prepared
 from shearling.errors import ArtifactError, ConfigError, NumericsError, OutputError, Problem, ProblemsError, ShapeError
-from shearling.io.files import RunLock, publish_directory, read_json, stage_directory, storage_errors, sweep_temporary, write_atomic
+from shearling.io.files import (
+    RunLock,
+    publish_directory,
+    read_json,
+    remove_tree,
+    stage_directory,
+    storage_errors,
+    sweep_temporary,
+    write_atomic,
+)
 from shearling.planning import expected_target
 from shearling.recipe import Recipe, RecipeLike, differences, load_recipe
 from shearling.run import stage_result
@@ -61,6 +70,7 @@ def compare(
     tokens: int | None = None,
     learning_rates: Sequence[float] = (),
     scratch_tokens: int | None = None,
+    cuts_only: bool = False,
     overrides: Sequence[str] = (),
     show: Show | None = None,
 ) -> dict[str, Any]:
@@ -77,6 +87,7 @@ def compare(
         tokens: that a row may spend in all, on scores, gates, stages, compensation and recovery; left out, what the recipe spends.
         learning_rates: of recovery, each tried on the first seed; the other seeds take the one that ended lowest.
         scratch_tokens: in the place of `tokens` for `from-scratch`, to see how long it takes to come to where the others end.
+        cuts_only: recover nothing: what a cut costs by itself. `tokens` then says what those that train while they cut go by.
         overrides: `a.b=c` assignments applied to the recipe; those of the prune section hold for every method.
         show: where progress goes; nowhere if left out.
 
@@ -94,11 +105,17 @@ def compare(
     source = open_source(loaded.source)
     spend = recipe_tokens(loaded) if tokens is None else tokens
     _check_options(loaded, asked, seeds, spend, learning_rates, scratch_tokens, overrides)
-    setting = Setting(loaded, source, tuple(overrides), spend, scratch_tokens or spend)
+    setting = Setting(loaded, source, tuple(overrides), spend, scratch_tokens or spend, recover=not cuts_only)
     for note in _check_rows(setting, asked):
         shown.note(note)
     with _entered(path):
-        options = {"tokens": spend, "learning_rates": list(learning_rates), "scratch_tokens": scratch_tokens, "seeds": seeds}
+        options = {
+            "tokens": spend,
+            "learning_rates": list(learning_rates),
+            "scratch_tokens": scratch_tokens,
+            "seeds": seeds,
+            "cuts_only": cuts_only,
+        }
         options["methods"] = [contender.name for contender in asked]
         recorded = _match(path, loaded, source, options)
         before = loaded.prune.steps * loaded.prune.batch_size * loaded.data.sequence_length
@@ -183,6 +200,8 @@ class _Comparison:
             found = about | {"failed": str(error)}
             self.show.note(f"{title} failed, and the others go on: {error}")
         write_atomic(record, json.dumps(found, indent=1) + "\n")
+        for run in {cut, place}:  # nothing is gone on with from there
+            remove_tree(run / "checkpoints")
         self.publish()
 
     def _made(self, contender: Contender, seed: int, rate: float | None, cut: Path, place: Path) -> dict[str, Any]:
@@ -197,8 +216,8 @@ class _Comparison:
         pruned = stage_result(cut, "prune")
         assert pruned is not None
         spent = pruned["tokens"]
-        steps = (given - spent) // batch
-        if steps < 1:
+        steps = (given - spent) // batch if self.setting.recover else 0
+        if steps < 1 and self.setting.recover:
             remedy = f"Give the rows more tokens (--tokens), in another --out, or leave {contender.label} out."
             problem = Problem("tokens", f"{spent:,} spent on pruning of {given:,}", remedy)
             raise ConfigError(f"{contender.label}: nothing is left for recovery", [problem])
@@ -295,11 +314,13 @@ def _check_rows(setting: Setting, asked: Sequence[Contender]) -> list[str]:
             opened = setting.source if contender.checkpoint is None else None
             source, _ = check_recipe(recipe, "evaluate", World(), False, True, opened)
             source.check()
-            needed = most_pruning_tokens(recipe, source) + setting.batch_tokens
+            needed = most_pruning_tokens(recipe, source) + (setting.batch_tokens if setting.recover else 0)
             if needed > (given := setting.tokens_of(contender)):
-                remedy = f"Its pruning and one step of recovery take up to {needed:,}: give more, or leave it out."
+                besides = " and one step of recovery take" if setting.recover else " takes"
+                remedy = f"Its pruning{besides} up to {needed:,}: give more, or leave it out."
                 raise ConfigError("too few tokens", [Problem("tokens", f"{given:,}", remedy)])
-            load_recipe(_recovering(recipe, (given - needed) // setting.batch_tokens + 1))  # on which a budget of evaluations hangs
+            steps = (given - needed) // setting.batch_tokens + 1 if setting.recover else 0
+            load_recipe(_recovering(recipe, steps))  # on which a budget of evaluations hangs
             if contender.checkpoint is not None:
                 _check_vocabulary(source, setting.source)
                 notes += _size_notes(contender, source, wanted, setting.recipe)
@@ -311,7 +332,7 @@ def _check_rows(setting: Setting, asked: Sequence[Contender]) -> list[str]:
         kind = kinds.pop() if len(kinds) == 1 else ConfigError
         raise kind("these rows cannot be made, so none is", problems)
     points = (setting.tokens - 1) // setting.batch_tokens // setting.recipe.train.evaluate_every
-    if points < FEW_POINTS:
+    if points < FEW_POINTS and setting.recover:
         every = setting.recipe.train.evaluate_every
         notes.append(f"train.evaluate_every is {every}, so the curves have few points; --set train.evaluate_every=... gives them more")
     return notes
@@ -364,7 +385,7 @@ def _match(path: Path, recipe: Recipe, source: Source, options: dict[str, Any]) 
             raise ArtifactError(f"{file}: cannot be read", [Problem("format", found, f"This version reads format {FORMAT}.")])
         changed = differences(load_recipe(before["recipe"]), recipe)
         both = SCRATCH in before["methods"] and SCRATCH in values["methods"]
-        own = ["source", "text", "tokens", "learning_rates", *(["scratch_tokens"] if both else [])]
+        own = ["source", "text", "tokens", "learning_rates", "cuts_only", *(["scratch_tokens"] if both else [])]
         changed += [(name, str(before[name]), str(values[name])) for name in own if before[name] != values[name]]
         if changed:
             remedy = "Rows would no longer be equal: put it back as it was, or choose another --out."

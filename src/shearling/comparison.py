@@ -179,6 +179,7 @@ def _headline(found: Values, seeds: int) -> str:
 
 def _explained(found: Values, seeds: int, fast: bool, rates: bool, scratch: Values | None) -> str:
     words = ["Losses are nats/token on held-out text, the mean over the domains where none is named; excess is above the source's."]
+    words += ["Nothing was recovered."] if found["cuts_only"] else []
     words += ["After ± stands the standard deviation over the seeds."] if seeds > 1 else ["One seed, so no spread."]
     words += ["Speeds are relative to the source's."] if fast else []
     words += ["Seconds are those of pruning and recovery, by the clock of this machine."]

@@ -116,6 +116,8 @@ class Setting:
     """That a row may spend in all."""
     scratch_tokens: int
     """The same of the row that begins with random weights."""
+    recover: bool = True
+    """Whether rows are recovered with what is left of their tokens."""
 
     def tokens_of(self, contender: Contender) -> int:
         """What this contender's rows may spend."""
