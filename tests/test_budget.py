@@ -48,7 +48,16 @@ def test_few_tokens_still_make_a_recipe(tokens: int) -> None:
         found = values(method, tokens)
         assert 1 <= int(found.get("prune.cuts", 1)) <= int(found["prune.steps"])
         assert int(found.get("prune.gates.calibration_sequences", 1)) >= 1
-    assert compensated_on(tokens, 128) >= 1
+    assert compensated_on(tokens, 128) >= 4
+
+
+def test_each_cut_that_compensates_has_text_to_do_so() -> None:
+    """At most eight of them, with four sequences each or more."""
+    given = {method: dict(text.split("=") for text in settings(method, 100_000, 1024, 128, compensated=True)) for method in AS_COMPARED}
+    assert {method: found["prune.compensate"] for method, found in given.items()} == dict.fromkeys(AS_COMPARED, "64")
+    assert given["efficientllm"]["prune.cuts"] == "8" and given["adapt-pruner"]["prune.cuts"] == "3" and "prune.cuts" not in given["taylor"]
+    few = dict(text.split("=") for text in settings("adapt-pruner", 20_000, 128, 128, compensated=True))
+    assert few["prune.cuts"] == "5" and few["prune.compensate"] == "20"
 
 
 def test_long_sequences_are_fewer() -> None:

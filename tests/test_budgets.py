@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import shearling
-from runs import SignalAt, contents, metrics, recipe_values
+from runs import Notes, SignalAt, contents, metrics, recipe_values
 from shearling.arch.families import anatomy_of
 from shearling.errors import ArtifactError, ConfigError, OutputError, ShapeError, Stopped
 from shearling.prune import verify
@@ -208,3 +208,29 @@ def test_a_model_whose_blocks_differ_is_trained_further(sources: Callable[[str],
     assert after["intermediate_size"] == before["intermediate_size"] and after["model_type"] == before["model_type"]
     with pytest.raises(ArtifactError, match=r"blocks of different sizes.*shearling pad"):
         shearling.run(values_of(source, domains, "taylor"), tmp_path / "again")
+
+
+@pytest.mark.parametrize("name", ["llm-pruner-global", "efficientllm", "sheared-llama"])
+def test_every_cut_compensates(name: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    """Each on its own sequences, all of which count, while training goes on between; broken off it ends with the same bits."""
+    cuts = {} if name == "sheared-llama" else {"cuts": 2}
+    prune = {"method": name, "steps": 6, "compensate": 9, "gates": {"calibration_sequences": 4}, "evaluate_every": 2, **cuts}
+    values = recipe_values(sources("llama"), domains, target={"parameters": 0.7}, prune=prune, runtime={"precision": "float32"})
+    values["evaluate"]["speed"] = False
+    notes = Notes()
+    report = shearling.prune(values, tmp_path / "whole", show=notes)
+    fitted = [note for note in notes.notes if note.startswith("fitting")]
+    assert [note.rpartition(" on ")[2] for note in fitted] == (["9 sequences"] if not cuts else ["4 sequences"] * 2)
+    measured = 4 * sum(note.startswith("scoring") for note in notes.notes)
+    assert report["tokens"]["prune"] == (6 * 8 + 4 * len(fitted) + (5 if not cuts else 0) + measured) * 32
+    for step in (2, 4):
+        with pytest.raises(Stopped):
+            shearling.prune(values, tmp_path / "broken", show=SignalAt(("prune", step), signal.SIGTERM))
+    again = shearling.prune(values, tmp_path / "broken")
+    assert contents(tmp_path / "broken" / "pruned") == contents(tmp_path / "whole" / "pruned") and again["tokens"] == report["tokens"]
+
+
+def test_too_few_sequences_to_compensate_on_are_refused(sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    prune = {"method": "taylor", "steps": 4, "cuts": 3, "compensate": 11}
+    with pytest.raises(ConfigError, match="12 in all"):
+        shearling.prune(recipe_values(sources("llama"), domains, prune=prune), tmp_path / "run")

@@ -274,15 +274,21 @@ def test_a_checkpoint_of_another_vocabulary_is_refused_and_a_large_one_noted(
 
 
 def test_the_recipes_own_method_is_no_others(values: dict[str, Any]) -> None:
-    own = {**values["prune"], "method": "flap", "scores": "activation", "compensate": 3, "steps": 0, "rotate": "tied"}
+    own = {**values["prune"], "method": "flap", "scores": "activation", "compensate": 5, "steps": 0, "rotate": "tied"}
     setting = setting_of({**values, "prune": own}, sets=("prune.weight_decay=0.5",))
-    (plain, both, learned, recipe) = contenders(["minitron", "minitron+lora+compensate", "sheared-llama", "recipe"])
-    assert both.label == "minitron+compensate+lora"
+    (plain, both, learned, recipe) = contenders(["minitron", "minitron+distill+lora+compensate", "sheared-llama", "recipe"])
+    assert both.label == "minitron+compensate+lora+distill"
     found = recipe_of(plain, setting, 3).prune
     assert (found.method, found.scores, found.compensate, found.rotate, found.steps) == ("minitron", None, 0, "no", 0)
     assert found.weight_decay == 0.5 and found.gates.calibration_sequences == 2 and found.batch_size == 8
     around = recipe_of(both, setting, 3, 5e-5)
-    assert around.prune.compensate == 64 and around.train.lora is not None and around.train.learning_rate == 5e-5 and around.seed == 3
+    assert (
+        around.prune.compensate == 64
+        and around.train.lora is not None
+        and around.train.distill is not None
+        and around.train.learning_rate == 5e-5
+        and around.seed == 3
+    )
     assert recipe_of(learned, setting, 3).prune.steps == 120  # 30 of 1,024 tokens each, in batches of 256
     assert recipe_of(recipe, setting, 3).prune == setting.recipe.prune
 

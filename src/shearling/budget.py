@@ -6,7 +6,7 @@ chosen once and not tuned. A cap stands where a paper says how much is enough.
 
 from __future__ import annotations
 
-from shearling.prune.config import LEARNED, GateConfig
+from shearling.prune.config import LEARNED, LEAST_FITTED, GateConfig
 
 AT = 100_000
 """Tokens at which the proportions were chosen."""
@@ -17,7 +17,9 @@ MOST_STEPS = 3_200
 MOST_CUTS = {"adapt-pruner": 50, "efficientllm": 500}
 """adapt-pruner: as many as its inner steps; efficientllm: ours, as a cut takes time by the number of units."""
 COMPENSATED = 64
-"""Sequences of 128 tokens on which a cut compensates, there; and the most."""
+"""Sequences of 128 tokens on which cuts compensate, there; and the most."""
+MOST_COMPENSATED = 8
+"""Cuts of a method that is to compensate at each."""
 CALIBRATED = 8
 """The same of one measurement of adapt-pruner, which measures some forty times."""
 SEQUENCE = 128
@@ -26,7 +28,7 @@ _STEPS = {LEARNED: 30, "adapt-pruner": 30, "efficientllm": 60}
 _CUTS = {"adapt-pruner": 3, "efficientllm": 30}
 
 
-def settings(method: str, tokens: int, batch_tokens: int, sequence_length: int) -> tuple[str, ...]:
+def settings(method: str, tokens: int, batch_tokens: int, sequence_length: int, compensated: bool = False) -> tuple[str, ...]:
     """Assignments (`prune.steps=30`) by which a method spends its part of `tokens` on pruning. Other methods cut at once, in 0 steps.
 
     Args:
@@ -34,15 +36,17 @@ def settings(method: str, tokens: int, batch_tokens: int, sequence_length: int) 
         tokens: that pruning and recovery may spend together.
         batch_tokens: of one step of pruning.
         sequence_length: tokens of one sequence.
+        compensated: whether cuts compensate; then there are fewer of them, as each takes its time.
     """
     if method not in _STEPS:
-        return ("prune.steps=0",)
+        return ("prune.steps=0", *_compensation(tokens, sequence_length, 1, compensated))
     grown = tokens / AT
     steps = max(1, round(_STEPS[method] * grown * BATCH / batch_tokens))
     if method == LEARNED:
-        return (f"prune.steps={min(steps, MOST_STEPS)}",)
+        return (f"prune.steps={min(steps, MOST_STEPS)}", *_compensation(tokens, sequence_length, 1, compensated))
     cuts = min(max(1, round(_CUTS[method] * grown * BATCH / batch_tokens)), steps, MOST_CUTS[method])
-    found: tuple[str, ...] = (f"prune.steps={steps}", f"prune.cuts={cuts}")
+    cuts = min(cuts, MOST_COMPENSATED) if compensated else cuts
+    found: tuple[str, ...] = (f"prune.steps={steps}", f"prune.cuts={cuts}", *_compensation(tokens, sequence_length, cuts, compensated))
     if method == "adapt-pruner":
         most = GateConfig.model_fields["calibration_sequences"].default
         sequences = min(_in_proportion(CALIBRATED, tokens, sequence_length), most)
@@ -50,9 +54,13 @@ def settings(method: str, tokens: int, batch_tokens: int, sequence_length: int) 
     return found
 
 
-def compensated_on(tokens: int, sequence_length: int) -> int:
-    """Sequences on which a cut compensates, where `tokens` may be spent in all."""
-    return min(_in_proportion(COMPENSATED, tokens, sequence_length), COMPENSATED)
+def compensated_on(tokens: int, sequence_length: int, cuts: int = 1) -> int:
+    """Sequences on which `cuts` cuts compensate together, where `tokens` may be spent in all."""
+    return max(min(_in_proportion(COMPENSATED, tokens, sequence_length), COMPENSATED), LEAST_FITTED * cuts)
+
+
+def _compensation(tokens: int, sequence_length: int, cuts: int, compensated: bool) -> tuple[str, ...]:
+    return (f"prune.compensate={compensated_on(tokens, sequence_length, cuts)}",) if compensated else ()
 
 
 def _in_proportion(sequences: int, tokens: int, sequence_length: int) -> int:

@@ -100,7 +100,8 @@ def compare(
     methods: Annotated[
         list[str],
         typer.Option(
-            metavar="A,B,...", help="Names of `shearling methods`, also as NAME+compensate, +rotate, +lora; recipe; checkpoint:PATH."
+            metavar="A,B,...",
+            help="Names of `shearling methods`, also as NAME+compensate, +rotate, +lora, +distill; recipe; checkpoint:PATH.",
         ),
     ],
     seeds: Annotated[int, typer.Option(help="Rows of each method: the recipe's seed and those after it.")] = 1,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shearling.budget import compensated_on, settings
+from shearling.budget import settings
 from shearling.config import override
 from shearling.data.mixture_config import PowerLawConfig
 from shearling.errors import ConfigError, Problem
@@ -22,8 +22,9 @@ from shearling.recipe import Recipe, covers, load_recipe
 from shearling.sources import Source
 
 AS_IT_STANDS, CHECKPOINT, SCRATCH = "recipe", "checkpoint:", "from-scratch"
-SUFFIXES = ("compensate", "rotate", "lora")
-"""What can be done around a method's cut: its output projections fitted, the stream turned first, recovery through adapters."""
+SUFFIXES = ("compensate", "rotate", "lora", "distill")
+"""What can be done around a method's cut: its output projections fitted, the stream turned first, recovery through adapters, or from the
+source's predictions beside the text."""
 OF_ONE_METHOD = (
     *("method", "scores", "shape", "allocation", "steps", "cuts", "share", "slice_every", "keep_moments"),
     *("rotate", "compensate"),
@@ -154,13 +155,13 @@ def recipe_of(contender: Contender, setting: Setting, seed: int, rate: float | N
             prune["gates"] = {field: value for field, value in prune["gates"].items() if field != "start"}
         values["prune"] = {**prune, "method": method}
         batch = setting.recipe.prune.batch_size * length
-        assignments += settings(method, setting.tokens_of(contender), batch, length)
+        assignments += settings(method, setting.tokens_of(contender), batch, length, "compensate" in contender.suffixes)
     if contender.checkpoint is not None:
         values |= {"source": contender.checkpoint, "target": None}
     elif contender.method is not None:
         sets = [text for text in setting.sets if covers(("prune",), text.partition("=")[0].strip())]
-        around = {"compensate": [f"prune.compensate={compensated_on(setting.tokens, length)}"], "rotate": ["prune.rotate=untied"]}
-        around["lora"] = ["train.lora={}"] if setting.recipe.train.lora is None else []
+        around: dict[str, list[str]] = {"compensate": [], "rotate": ["prune.rotate=untied"]}
+        around |= {name: [f"train.{name}={{}}"] if getattr(setting.recipe.train, name) is None else [] for name in ("lora", "distill")}
         assignments += [*(text for suffix in contender.suffixes for text in around[suffix]), *sets]
     recipe = load_recipe(override(values, assignments))
     return _same_size(contender, setting, recipe)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shearling.arch.axes import openness, parse_pattern
 from shearling.arch.families import Anatomy
 from shearling.board import alike
 from shearling.data.loader import Loader
@@ -43,6 +44,7 @@ from shearling.prune.verify import (
     masked_logits,
     require_same_function,
 )
+from shearling.recipe import PruneConfig
 from shearling.shapes import shape_of, target_config
 from shearling.stages import VERIFY_SEQUENCES, Context, sample_ids, steered, surroundings
 from shearling.train import checkpoint
@@ -104,12 +106,14 @@ def _choose_and_cut(
     remove_projectors(subject.model)
     masks = pruner.gates.hardened() if isinstance(pruner, GateLearner) else pruner.masks
     target = left(anatomy, masks)
-    if config.compensate and choice.specs:
-        _compensate(context, subject, masks)
+    if isinstance(pruner, GateLearner) and config.compensate and choice.specs:
+        _fold(subject, pruner, progress.step)
+        _compensate(context, subject, masks, 0, norms=False)  # norms were trained with the stream as it is left
     made_by = _made_by(context, choice, rotation_error)
     plan = plan_from_masks(anatomy, target, masks, fingerprint, made_by)
     difference = _cut(context, subject, masks, plan, target)
     subject.measurements = pruner.measurements if isinstance(pruner, StagedPruner) else 1  # those of earlier tries, too
+    subject.compensations = config.cuts if config.compensate and choice.specs else 0
     return progress, target, difference, subject.sequences * context.tokens.sequence_length
 
 
@@ -155,7 +159,9 @@ class _Subject:
         self._context, self._choice, self._around, self._shares = context, choice, around, shares
         self.model, self.kept = model, Kept(choice.source, {})
         self.measurements = 0
-        """How often scores were measured on sequences, over all tries of this stage."""
+        """How often scores were measured on sequences, over all tries of this stage; ..."""
+        self.compensations = 0
+        """... and how often what is kept was fitted on some."""
         self._others = 0
 
     def become(self, kept: Kept) -> None:
@@ -168,7 +174,8 @@ class _Subject:
     @property
     def sequences(self) -> int:
         """Sequences that were used."""
-        return self.measurements * self._choice.sequences(self._context.recipe.prune) + self._others
+        config = self._context.recipe.prune
+        return self.measurements * self._choice.sequences(config) + self.compensations * _fitted_on(config) + self._others
 
     def batches(self, sequences: int, number: int, what: str) -> list[Tensor]:
         """Token ids of so many sequences, by the starting mixture; others for every `number`."""
@@ -178,10 +185,16 @@ class _Subject:
         ids_BT = torch.from_numpy(loader.batch(number, self._shares, self._around.loader.start()).ids).to(context.device)
         return [ids_BT[start : start + 2] for start in range(0, len(ids_BT), 2)]
 
-    def others(self, sequences: int, what: str) -> list[Tensor]:
-        """The same, counted, for what is not a score."""
+    def to_turn(self, sequences: int) -> list[Tensor]:
+        """The same, to turn the stream on."""
         self._others += sequences
-        return self.batches(sequences, _APART, what)
+        return self.batches(sequences, _APART, "turning the stream to its principal axes")
+
+    def to_fit(self, number: int) -> list[Tensor]:
+        """The same, to compensate cut number `number` on, counted from 0."""
+        self.compensations += 1
+        which = f", cut {number + 1}," if number else ""
+        return self.batches(_fitted_on(self._context.recipe.prune), _APART - number, f"fitting what is kept to what is gone{which}")
 
     def measure(self, masks: Mapping[str, Tensor], number: int) -> Scores:
         """Of the source's units by the recipe's scores, with these masks; less what fluctuates, where the method says so."""
@@ -289,6 +302,12 @@ def _stager(context: Context, choice: Choice, attachment: Attachment, subject: _
     from_training = choice.method.from_training and choice.specs
     running = RunningScores(choice.scores, subject.model, source, choice.specs, subject.kept) if from_training else None
     at = cut_steps(config.steps, config.cuts, config.share, at_start=running is None) if choice.specs else []
+    only = config.cuts - 1 if not config.steps else 0  # the cut after which norms are fitted, unless training came before
+
+    def after_cut(masks: Masks, number: int) -> None:
+        if config.compensate:
+            _compensate(context, subject, masks, number, norms=number == only and at[number] == 0)
+
     pruner = StagedPruner(
         source,
         attachment,
@@ -300,6 +319,7 @@ def _stager(context: Context, choice: Choice, attachment: Attachment, subject: _
         device=context.device,
         kept=subject.kept,
         slice_every=config.slice_every,
+        after_cut=after_cut,
     )
     if not begun:
         pruner.catch_up(0)
@@ -310,7 +330,7 @@ def _rotate(context: Context, subject: _Subject) -> float:
     """Turn the stream to its principal axes; how far that is from the function as it was, relative to the logits."""
     config, anatomy, model = context.recipe.prune, context.source.anatomy, subject.model
     end = context.document_end
-    batches = subject.others(config.gates.calibration_sequences, "turning the stream to its principal axes")
+    batches = subject.to_turn(config.gates.calibration_sequences)
     covariance_DD = stream_covariance(model, anatomy, batches, between=context.check_stop, document_end=end)
     if config.rotate == "untied" or not anatomy.flags["tie_word_embeddings"]:
         rotate(model, anatomy, principal_rotation(covariance_DD), untie=True)
@@ -321,12 +341,37 @@ def _rotate(context: Context, subject: _Subject) -> float:
     return fitted.error
 
 
-def _compensate(context: Context, subject: _Subject, masks: Mapping[str, Tensor]) -> None:
-    """Put weights in the place of those of norms and output projections, so that what is kept stands in for what is closed."""
+def _fitted_on(config: PruneConfig) -> int:
+    """Sequences on which one cut compensates."""
+    return config.compensate // config.cuts
+
+
+@torch.no_grad()
+def _fold(subject: _Subject, learner: GateLearner, step: int) -> None:
+    """Multiply what heads and neurons enter by their gates, which hardening would set to 0 or 1, so that a fit sees what was trained."""
+    gates, anatomy = {axis: learner.kind.value(logits) for axis, logits in learner.logits(step).items()}, subject.kept.anatomy
+    anchors = anatomy.family.anchors
+    for name, pattern in anatomy.tensors().items():
+        if name.endswith((f"{anchors.attention_output}.weight", f"{anchors.mlp_output}.weight")):
+            weight = subject.model.get_parameter(name)
+            weight.mul_(openness(parse_pattern(pattern)[-1], anatomy.sizes, gates, anatomy.layer_of(name)).to(weight))
+
+
+def _compensate(context: Context, subject: _Subject, masks: Mapping[str, Tensor], number: int, norms: bool) -> None:
+    """Put weights in the place of those of norms and output projections, so that what is kept stands in for what is closed.
+
+    The columns of what is closed become zero, so the next cut makes up for what it closes alone.
+
+    Args:
+        context: of the run.
+        subject: has the model, without masks on it.
+        masks: of the source's units.
+        number: of the cut, from 0.
+        norms: whether norms are fitted to the narrower stream: once, while the model still has the whole one.
+    """
     model, anatomy, masks = subject.model, subject.kept.anatomy, subject.kept.narrow(masks)
-    batches = subject.others(context.recipe.prune.compensate, "fitting what is kept to what is gone")
-    stop, end = context.check_stop, context.document_end
-    fitted = fit_norms(model, anatomy, masks["hidden"], batches, stop, end) if "hidden" in masks else {}
+    batches, stop, end = subject.to_fit(number), context.check_stop, context.document_end
+    fitted = fit_norms(model, anatomy, masks["hidden"], batches, stop, end) if norms and "hidden" in masks else {}
     with torch.no_grad():
         for name, weight in fitted.items():
             model.get_parameter(name).copy_(weight)

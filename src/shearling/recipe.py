@@ -14,7 +14,7 @@ from shearling.config import Config, override, parse, read_yaml
 from shearling.data.config import DataConfig
 from shearling.data.mixture_config import MixtureConfig
 from shearling.data.remote import is_url
-from shearling.prune.config import LEARNED, AllocationConfig, GateConfig
+from shearling.prune.config import LEARNED, LEAST_FITTED, AllocationConfig, GateConfig
 from shearling.shapes import Target
 from shearling.train.config import Count, Fraction, RuntimeConfig, StageConfig, TeacherConfig, TrainConfig
 
@@ -55,7 +55,7 @@ class PruneConfig(StageConfig):
     """Turn the residual stream to its principal axes first, so that hidden drops the directions that carry least (unless prune.scores
     says otherwise): a tied head stays tied, as nearly as can be, or gets a matrix of its own, which counts as parameters."""
     compensate: Annotated[int, Field(ge=0)] = 0
-    """Sequences on which what is kept of heads and neurons is fitted to stand in for what is gone, before the cut; 0: it is not."""
+    """Sequences on which what is kept of heads and neurons is fitted to stand in for what goes, shared among the cuts; 0: it is not."""
     gates: GateConfig = GateConfig()
     """The gates and their constraints."""
 
@@ -72,6 +72,10 @@ class PruneConfig(StageConfig):
             raise ValueError(f"the method {LEARNED} narrows at every step: leave cuts ({self.cuts}) out")
         if self.slice_every and self.distill is not None and self.distill.states:
             raise ValueError(f"states are compared with the source's block by block: leave slice_every ({self.slice_every}) out")
+        if 0 < self.compensate < LEAST_FITTED * self.cuts:
+            raise ValueError(
+                f"each of the cuts ({self.cuts}) needs {LEAST_FITTED} sequences to compensate on, so {LEAST_FITTED * self.cuts} in all"
+            )
         if self.steps and self.cuts > self.steps:
             raise ValueError(f"cuts ({self.cuts}) must not be more than steps ({self.steps})")
         return self

@@ -84,19 +84,27 @@ def slice_tensor(tensor: Tensor, pattern: str, sizes: Mapping[str, int], keep: M
     return tensor
 
 
+def openness(dimension: Sequence[str], sizes: Mapping[str, int], gates: Mapping[str, Tensor], layer: int | None) -> Tensor:
+    """By what gates multiply each position along one dimension: the product of the gates of its axes, on the CPU.
+
+    `gates`: {axis: tensor of the gates' shape}; an axis left out is 1. `layer`: the block that the tensor is of, None for none.
+    """
+    import torch
+
+    found = torch.ones([sizes[axis] for axis in dimension])
+    for axis in (axis for axis in dimension if axis in gates):
+        own = gates[axis] if layer is None or axis not in PER_LAYER else gates[axis][layer]
+        spanned = ("group", "query") if axis == "query" else (axis,)
+        found = found * own.detach().float().cpu().reshape([sizes[other] if other in spanned else 1 for other in dimension])
+    return found.flatten()
+
+
 def open_positions(dimension: Sequence[str], sizes: Mapping[str, int], masks: Mapping[str, Tensor], layer: int | None) -> Tensor:
     """Which positions along one dimension are open, those at which the mask of none of its axes is closed: booleans on the CPU.
 
     `masks`: {axis: 0/1 tensor of the gates' shape}; an axis left out is open. `layer`: the block that the tensor is of, None for none.
     """
-    import torch
-
-    open_ = torch.ones([sizes[axis] for axis in dimension], dtype=torch.bool)
-    for axis in (axis for axis in dimension if axis in masks):
-        own = masks[axis] if layer is None or axis not in PER_LAYER else masks[axis][layer]
-        spanned = ("group", "query") if axis == "query" else (axis,)
-        open_ &= own.gt(0).cpu().reshape([sizes[other] if other in spanned else 1 for other in dimension])
-    return open_.flatten()
+    return openness(dimension, sizes, {axis: mask.gt(0) for axis, mask in masks.items()}, layer).gt(0)
 
 
 def close(tensor: Tensor, pattern: str, sizes: Mapping[str, int], masks: Mapping[str, Tensor], layer: int | None) -> Tensor:

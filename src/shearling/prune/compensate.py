@@ -87,7 +87,8 @@ def compensate(
 
     Returns:
         Full name -> weight [D, I] of the model's shape and dtype, for the blocks that the masks keep; of `own`, for those of their
-        projections that lose inputs. Columns that the masks close are zero; rows that `hidden` closes are otherwise the model's own.
+        projections that lose inputs of which they make use. Columns that the masks close are zero; rows that `hidden` closes are
+        otherwise the model's own.
 
     Raises:
         NumericsError: an activation is not finite, or the ridge is too small for the moments to be inverted.
@@ -123,8 +124,9 @@ def compensate(
             with _put_back(block, names) as put:
                 for name in names:
                     kept_I = open_positions(read[name], anatomy.sizes, placed, layer).to(like.device)
-                    if aim == "own" and kept_I.all():
-                        continue
+                    gone_DS = block.get_submodule(name).get_parameter("weight")[:, ~kept_I]
+                    if aim == "own" and not bool(gone_DS.any()):
+                        continue  # what goes was taken out of its output before
                     moments = _Moments(block.get_submodule(name), kept_I, hidden_D > 0, wanted.get(name))
                     with moments.on():
                         for stream_BTD, call in zip(streams_BTD, calls, strict=True):

@@ -10,6 +10,8 @@ from shearling.config import Config
 
 LEARNED = "sheared-llama"
 """The method that learns gates in training; every other decides by scores alone."""
+LEAST_FITTED = 4
+"""Sequences on which a cut compensates at least: two batches of two, of which one judges what is fitted to the other."""
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
 

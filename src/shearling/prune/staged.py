@@ -109,7 +109,8 @@ class StagedPruner:
 
     `at`: after which steps a cut is made, ascending; 0 is before the first. Cut number i of n goes (i + 1) / n of the way, and is
     made of as many measurements as its rule takes. Where `running` is given, it is what training itself measured since
-    the last cut that decides, and nothing is measured apart. `kept`: what of the source is in the model, all of it if left out; of it are
+    the last cut that decides, and nothing is measured apart. `after_cut`: called with the masks and the number of every cut that is made,
+    counted from 0, with no masks on the model. `kept`: what of the source is in the model, all of it if left out; of it are
     `attachment` and what `running` looks at. `slice_every`: in how many cuts the model becomes `due` to be sliced; 0: never.
     """
 
@@ -126,6 +127,7 @@ class StagedPruner:
         device: torch.device | None = None,
         kept: Kept | None = None,
         slice_every: int = 0,
+        after_cut: Callable[[Masks, int], None] = lambda masks, number: None,
     ) -> None:
         self.source, self.attachment, self.masks = source, attachment, masks
         self.kept = kept or Kept(source, {})
@@ -133,7 +135,7 @@ class StagedPruner:
         """How often scores were measured apart from training."""
         self.made_cut = False
         """Whether the last update made a cut."""
-        self._slice_every = slice_every
+        self._slice_every, self._after_cut = slice_every, after_cut
         self._sliced = 0  # cuts that were made when the model was sliced last
         self._closed: tuple[Masks, Masks] | None = None  # masks, and what of them is set on the model
         self._cut, self._measure, self._at, self._running = cut, measure, list(at), running
@@ -168,6 +170,8 @@ class StagedPruner:
             there = False
             while not there:
                 self.masks, there = self._cut(self.masks, self._found(), share, self._state_L)
+            self.attachment.set({})
+            self._after_cut(self.masks, self._done)
             self._done += 1
             if self._running is not None:
                 self._running.forget()
