@@ -32,7 +32,7 @@ WHOLE_VALUES: dict[str, Any] = {
     },
     "mixture": {"update": "static", "reference": {"power_law": "/points.csv"}, "floor": 0.1},
     "teacher": {},
-    "prune": {"distill": {"top_k": 8}},
+    "prune": {"distill": {"top_k": 8}, "compensate": 8},
     "train": {"lora": {}, "distill": {"top_k": 8}},
 }
 """Plain values of a recipe of which every field can have another value; it is not there to be run."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from shearling.budget import compensated_on, settings
+from shearling.budget import compensated_on, filled, settings
 
 AS_COMPARED = {
     "sheared-llama": ("prune.steps=30",),
@@ -62,3 +64,30 @@ def test_each_cut_that_compensates_has_text_to_do_so() -> None:
 
 def test_long_sequences_are_fewer() -> None:
     assert compensated_on(100_000, 1024) == 8 and values("adapt-pruner", 100_000, 1024, 512)["prune.gates.calibration_sequences"] == "2"
+
+
+def test_a_recipe_of_tokens_alone_is_filled_and_adds_up() -> None:
+    """What pruning and recovery take together is what was given, less than a step short of it; more tokens make larger steps."""
+    for tokens in (20_000, 100_000, 10**6, 10**8):
+        found = filled({"tokens": tokens, "target": {"parameters": 0.5}, "data": {"sequence_length": 128}})
+        prune, train = found["prune"], found["train"]
+        spent = (prune["compensate"] + prune["gates"]["calibration_sequences"]) * 128
+        step = train["batch_size"] * 128
+        assert spent <= 0.15 * tokens and tokens - step < spent + train["steps"] * step <= tokens
+        assert train["batch_size"] % train["microbatches"] == 0
+    assert prune["method"] == "llm-pruner-global" and train["batch_size"] == 256
+    assert filled({"tokens": 10**5, "target": {"hidden_size": 32}, "data": {}})["prune"]["method"] == "taylor"
+
+
+def test_what_a_recipe_says_stays() -> None:
+    given = {"prune": {"steps": 7, "batch_size": 2}, "train": {"learning_rate": 1.0, "distill": None, "batch_size": 4}}
+    found = filled({"tokens": 100_000, "target": {"parameters": 0.5}, "data": {"sequence_length": 100}, **given})
+    assert found["prune"] == given["prune"] and given["train"].items() <= found["train"].items()
+    assert found["train"]["steps"] == (100_000 - (7 * 2 + 32) * 100) // 400
+    alone = {"tokens": 100_000, "data": {"sequence_length": 100}, "train": {"steps": 3}}
+    assert "prune" not in filled(alone) and filled(alone)["train"]["steps"] == 3
+
+
+@pytest.mark.parametrize("values", [{}, {"tokens": "many"}, {"tokens": 5, "data": []}, {"tokens": 5, "data": {"sequence_length": "x"}}])
+def test_what_cannot_be_filled_is_left_to_be_refused(values: dict[str, Any]) -> None:
+    assert filled(values) == values

@@ -93,6 +93,19 @@ def test_every_row_spends_the_same_on_the_same_text(compared: Path) -> None:
     assert all(len(text.sequences(domain, "heldout")) for domain in DOMAINS)
 
 
+def test_the_default_is_what_tokens_make_of_a_recipe(values: dict[str, Any]) -> None:
+    """With the recipe's batches, and nothing else of its sections; what is left for recovery is all of the rest."""
+    setting = setting_of({**values, "target": {"parameters": 0.7}}, tokens=100_000)
+    (default,) = contenders(["default"])
+    recipe = recipe_of(default, setting, 5)
+    assert (recipe.prune.method, recipe.prune.steps, recipe.tokens) == ("llm-pruner-global", 0, 100_000) and recipe.prune.compensate >= 4
+    assert recipe.train.distill is not None and recipe.train.batch_size == setting.recipe.train.batch_size and recipe.seed == 5
+    spent = most_pruning_tokens(recipe, setting.source)
+    assert 0 <= 100_000 - spent - recipe.train.steps * setting.batch_tokens < setting.batch_tokens
+    with pytest.raises(ConfigError, match="as it is written"):
+        contenders(["default+lora"])
+
+
 def test_cuts_can_be_compared_by_themselves(values: dict[str, Any], compared: Path, tmp_path: Path) -> None:
     """What they cost is what they cost in a whole comparison; and neither goes on as the other."""
     found = shearling.compare(values, tmp_path / "out", ["taylor", "sheared-llama"], tokens=TOKENS, cuts_only=True)

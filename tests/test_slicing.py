@@ -19,7 +19,7 @@ from faults import KILLED, die, in_child
 from models import save_tiny_source
 from ranks import Ranks
 from runs import Notes, SignalAt, command, contents, metrics, recipe_values, write_text
-from shearling import pruning, stages
+from shearling import pruning, stages, subject
 from shearling.errors import Stopped
 from shearling.io import files
 from shearling.prune import verify
@@ -132,7 +132,7 @@ def once_rewritten(number: int) -> None:
 
 
 def in_the_next_step(number: int) -> None:
-    now, original = nth(number), pruning._of_shape
+    now, original = nth(number), subject.of_shape
 
     def opened(*arguments: Any) -> Any:
         model = original(*arguments)
@@ -140,7 +140,7 @@ def in_the_next_step(number: int) -> None:
             model.register_forward_pre_hook(lambda module, args: die())
         return model
 
-    pruning._of_shape = opened
+    subject.of_shape = opened
 
 
 POINTS = (once_saved, in_the_rewritten_part, between_two_names, once_rewritten, in_the_next_step)
@@ -214,7 +214,7 @@ def test_slicing_can_be_taken_up_and_left_off_on_the_way(
 @pytest.mark.parametrize("rotate", ["no", "tied", "untied"])
 def test_turned_and_compensated(rotate: str, sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
     """What is fitted stands in for what was closed since the last slicing; also where it is stopped on the way."""
-    values = values_of(sources("llama"), domains, "in training", rotate=rotate, compensate=8)
+    values = values_of(sources("llama"), domains, "in training", rotate=rotate, compensate=12)
     report = shearling.prune(values, tmp_path / "run")
     assert report["verify"]["relative_difference"] <= 1e-4 or report["verify"]["relative_difference_float64"] <= 1e-8
     with pytest.raises(Stopped):
@@ -234,7 +234,7 @@ def test_no_two_models_are_in_memory(
     sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When the next is made, those before are gone."""
-    models, original, place = [], pruning._of_shape, stages.Context.place
+    models, original, place = [], subject.of_shape, stages.Context.place
 
     def placed(self: stages.Context, load: Callable[[], Any]) -> Any:
         models.append(weakref.ref(model := place(self, load)))
@@ -246,7 +246,7 @@ def test_no_two_models_are_in_memory(
         return original(*arguments)
 
     monkeypatch.setattr(stages.Context, "place", placed)
-    monkeypatch.setattr(pruning, "_of_shape", opened)
+    monkeypatch.setattr(subject, "of_shape", opened)
     for name in METHODS:
         shearling.prune(values_of(sources(METHODS[name][0]), domains, name), tmp_path / name)
     assert len(models) == sum(3 + slicings for slicings in (2, 3))  # measured, pruned, cut; and one for each slicing

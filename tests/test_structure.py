@@ -25,7 +25,9 @@ LEVELS: dict[str, int] = {
     **dict.fromkeys(("prune", "data", "objectives"), 2),
     **dict.fromkeys(("train", "evaluate", "sources", "export"), 3),
     **dict.fromkeys(("recipe", "planning", "run", "show", "texts", "summary", "steering"), 4),
-    **dict.fromkeys(("stages", "distilling", "pruning", "training", "measure", "pictures", "report", "progress", "wiring", "api"), 4),
+    **dict.fromkeys(
+        ("stages", "distilling", "subject", "pruning", "training", "measure", "pictures", "report", "progress", "wiring", "api"), 4
+    ),
     **dict.fromkeys(("budget", "contenders", "compare", "comparison", "comparison_picture"), 4),
     **dict.fromkeys(("cli", "__init__", "__main__"), 5),
 }

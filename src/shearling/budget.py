@@ -1,10 +1,15 @@
-"""What of a recipe follows from the tokens that may be spent in all, for the methods that train while they prune. Pure, and no torch.
+"""What of a recipe follows from the tokens that may be spent in all: the default recipe, and what methods that train while they prune take.
+
+Pure, and no torch.
 
 The proportions are those with which the methods were first compared, at 100,000 tokens in batches of 1,024 (docs/results.md); they were
 chosen once and not tuned. A cap stands where a paper says how much is enough.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 from shearling.prune.config import LEARNED, LEAST_FITTED, GateConfig
 
@@ -66,3 +71,69 @@ def _compensation(tokens: int, sequence_length: int, cuts: int, compensated: boo
 def _in_proportion(sequences: int, tokens: int, sequence_length: int) -> int:
     """Sequences that are the same share of `tokens` as `sequences` were; at least 1."""
     return max(1, round(sequences * SEQUENCE * tokens / AT / sequence_length))
+
+
+MOST_TOKENS = 65_536
+"""Tokens on which the default's cut compensates, at most: they are held as states of the stream."""
+SHARE = 15
+"""Percent of the tokens that scores and compensation may take together."""
+MOST_SEQUENCES = 256
+"""Sequences of a step of recovery, at most: the paper's."""
+STEPS = 85
+"""Steps of recovery below which a step has fewer sequences."""
+IN_A_PASS = 8
+"""Sequences of a microbatch."""
+
+
+def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain values of a recipe in which what `tokens` decides is given, wherever the recipe left it out; docs/recipes.md has the reasons.
+
+    Without `tokens`, and where sections are no mappings (which is for others to complain of), the values as they are.
+    """
+    tokens, data = values.get("tokens"), values.get("data")
+    prune, train, target = (values.get(name) or {} for name in ("prune", "train", "target"))
+    sound = all(isinstance(section, Mapping) for section in (data, prune, train, target))
+    if type(tokens) is not int or tokens < 1 or not sound or not isinstance(data, Mapping):
+        return dict(values)
+    length = data.get("sequence_length", 4096)
+    if type(length) is not int or length < 1:
+        return dict(values)
+    small = max(LEAST_FITTED, tokens * SHARE // 100 // length // 3)  # a third of the share is for scores, two for the fit
+    found = dict(values)
+    if target and "method" not in prune and "steps" not in prune:
+        gates = {
+            "calibration_sequences": max(1, min(small, GateConfig.model_fields["calibration_sequences"].default)),
+            **(prune.get("gates") or {}),
+        }
+        method = "llm-pruner-global" if {key for key, size in target.items() if size is not None} == {"parameters"} else "taylor"
+        fit = max(LEAST_FITTED, min(2 * small, COMPENSATED, MOST_TOKENS // length))
+        prune = {"method": method, "compensate": fit, **prune, "gates": gates}
+        found["prune"] = prune
+    spent = _spent(prune, length) if target else 0
+    left = max(0, tokens - spent)
+    batch = train.get("batch_size")
+    if type(batch) is not int or batch < 1:
+        batch = _power_of_two(min(left // (STEPS * length), MOST_SEQUENCES))
+    steps = max(1, left // (batch * length))
+    own: dict[str, Any] = {"steps": steps, "batch_size": batch, "microbatches": max(1, batch // IN_A_PASS), "learning_rate": 3e-4}
+    own |= {"evaluate_every": max(1, steps // 4), "distill": {"text": 1.0, "logits": 1.0}}
+    found["train"] = {**own, **train}
+    return found
+
+
+def _spent(prune: Mapping[str, Any], length: int) -> int:
+    """Tokens of a prune section: its steps, one measurement of scores a cut, compensation."""
+    gates = prune.get("gates") or {}
+    numbers = [prune.get("steps", 0), prune.get("batch_size", 32), prune.get("cuts", 1), prune.get("compensate", 0)]
+    numbers.append(
+        gates.get("calibration_sequences", GateConfig.model_fields["calibration_sequences"].default) if isinstance(gates, Mapping) else 0
+    )
+    if not all(type(number) is int for number in numbers):
+        return 0
+    steps, batch, cuts, fitted, scored = numbers
+    return int((steps * batch + cuts * scored + fitted) * length)
+
+
+def _power_of_two(number: int) -> int:
+    """The largest that is not above it; at least 1."""
+    return int(1 << (max(1, number).bit_length() - 1))

@@ -82,8 +82,8 @@ def compare(
         recipe: path of a YAML file, plain values, or a `Recipe`: source, target, text, recovery, and how to compute.
         out: folder of the comparison; made if it is not there.
         methods: names of `shearling.methods`, also with `+compensate`, `+rotate`, `+lora`, `+distill` behind them; `recipe`, which is
-            its own prune section as it stands; `from-scratch`; `checkpoint:PATH`, a model that another tool made, which is recovered
-            with all tokens.
+            its own prune section as it stands; `default`, what the target and the tokens make of it by themselves; `from-scratch`;
+            `checkpoint:PATH`, a model that another tool made, which is recovered with all tokens.
         seeds: rows of each, with the recipe's seed and those after it. The held-out text is the same for all.
         tokens: that a row may spend in all, on scores, gates, stages, compensation and recovery; left out, what the recipe spends.
         learning_rates: of recovery, each tried on the first seed; the other seeds take the one that ended lowest.

@@ -21,7 +21,7 @@ from shearling.prune.config import LEARNED
 from shearling.recipe import Recipe, covers, load_recipe
 from shearling.sources import Source
 
-AS_IT_STANDS, CHECKPOINT, SCRATCH = "recipe", "checkpoint:", "from-scratch"
+AS_IT_STANDS, DEFAULT, CHECKPOINT, SCRATCH = "recipe", "default", "checkpoint:", "from-scratch"
 SUFFIXES = ("compensate", "rotate", "lora", "distill")
 """What can be done around a method's cut: its output projections fitted, the stream turned first, recovery through adapters, or from the
 source's predictions beside the text."""
@@ -56,7 +56,7 @@ def contenders(names: Sequence[str]) -> list[Contender]:
     """Those of `names`, each once; raise one `ConfigError` for all that are none, with suggestions, or that could not be told apart."""
     from shearling.prune.methods import listing
 
-    known = [AS_IT_STANDS, *(entry["name"] for entry in listing()["methods"])]
+    known = [AS_IT_STANDS, DEFAULT, *(entry["name"] for entry in listing()["methods"])]
     found: dict[str, Contender] = {}
     problems = [] if names else [Problem("methods", "nothing", f"Name one or more of {', '.join(known)}, {CHECKPOINT}PATH.")]
     for name in dict.fromkeys(name.strip() for name in names):
@@ -94,14 +94,14 @@ def _method(name: str, known: Sequence[str], problems: list[Problem]) -> Contend
                 f"Did you mean '{method}+{close[0]}'?" if close else f"What can follow a method is {', '.join(f'+{s}' for s in SUFFIXES)}."
             )
             problems.append(Problem("methods", repr(name), remedy))
-    if suffixes and method in (AS_IT_STANDS, SCRATCH):
-        remedy = "It stands as it is written." if method == AS_IT_STANDS else "Random weights have nothing to turn, fit or adapt."
+    if suffixes and method in (AS_IT_STANDS, DEFAULT, SCRATCH):
+        remedy = "Random weights have nothing to turn, fit or adapt." if method == SCRATCH else "It stands as it is written."
         problems.append(Problem("methods", repr(name), f"{remedy} Leave out what follows the +."))
     if len(problems) > before:
         return None
     ordered = tuple(suffix for suffix in SUFFIXES if suffix in suffixes)
     label = "+".join((method, *ordered))
-    return Contender(label, label, None if method == AS_IT_STANDS else method, ordered)
+    return Contender(label, label, None if method in (AS_IT_STANDS, DEFAULT) else method, ordered)
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,9 @@ def recipe_of(contender: Contender, setting: Setting, seed: int, rate: float | N
     """
     values = {**setting.recipe.model_dump(mode="json"), "seed": seed, **more}
     length, assignments = setting.recipe.data.sequence_length, [] if rate is None else [f"train.learning_rate={rate!r}"]
+    if contender.name == DEFAULT:
+        train = {name: values["train"][name] for name in ("batch_size", "microbatches", "evaluate_every")}
+        values |= {"tokens": setting.tokens, "prune": {}, "train": train}
     if contender.method is not None or contender.checkpoint is not None:
         method = contender.method or "random"  # of a checkpoint nothing is cut
         prune = {field: value for field, value in values["prune"].items() if field not in OF_ONE_METHOD}

@@ -12,26 +12,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shearling.arch.axes import openness, parse_pattern
 from shearling.arch.families import Anatomy
 from shearling.board import alike
-from shearling.data.loader import Loader
 from shearling.distilling import objective_of, with_projectors
 from shearling.evaluate.loss import packed
 from shearling.export import publish_model, save_weights
 from shearling.io.tensors import MemoryReader, ShardWriter
 from shearling.objectives.states import remove_projectors
 from shearling.planning import expected_target
-from shearling.prune import scores
-from shearling.prune.allocate import Masks, adapted, all_open, left, ranked, steadied, to_shape
+from shearling.prune.allocate import Masks, adapted, all_open, left, ranked, to_shape
 from shearling.prune.attach import Attachment
-from shearling.prune.compensate import compensate
-from shearling.prune.gates import Gates, GateSpec
+from shearling.prune.compensate import fold
+from shearling.prune.gates import Gates
 from shearling.prune.learn import GateLearner
 from shearling.prune.methods import Choice, choose
 from shearling.prune.plan import PrunePlan, plan_from_masks
-from shearling.prune.rotate import fit_norms, norms_of, principal_rotation, rotate, stream_covariance, tied_rotation
-from shearling.prune.scratch import drawn, stock_of
+from shearling.prune.scratch import drawn
 from shearling.prune.staged import Kept, RunningScores, StagedPruner, cut_steps, kept_by
 from shearling.prune.stats import Scores
 from shearling.prune.transform import transform
@@ -44,9 +40,9 @@ from shearling.prune.verify import (
     masked_logits,
     require_same_function,
 )
-from shearling.recipe import PruneConfig
 from shearling.shapes import shape_of, target_config
 from shearling.stages import VERIFY_SEQUENCES, Context, sample_ids, steered, surroundings
+from shearling.subject import Subject, make_up, of_shape, turn
 from shearling.train import checkpoint
 from shearling.train.loop import Progress, Surroundings, fit, newest
 from shearling.train.parallel import whole_weights
@@ -88,9 +84,9 @@ def _choose_and_cut(
     config, anatomy = context.recipe.prune, choice.source
     begun = context.world.rank0_decides(lambda: bool(checkpoint.steps(around.checkpoints)))
     model = context.place(lambda: with_projectors(context, context.source.load_model(), config))
-    subject = _Subject(context, choice, model, around, shares)
+    subject = Subject(context, choice, model, around, shares)
     del model  # which is the subject's alone to give up
-    rotation_error = _rotate(context, subject) if config.rotate != "no" and choice.specs else None
+    rotation_error = turn(context, subject) if config.rotate != "no" and choice.specs else None
     if choice.specs:
         every = range(anatomy.sizes["layer"])
         around = replace(around, objective=objective_of(context, config, subject.model, every, around.objective))
@@ -107,8 +103,8 @@ def _choose_and_cut(
     masks = pruner.gates.hardened() if isinstance(pruner, GateLearner) else pruner.masks
     target = left(anatomy, masks)
     if isinstance(pruner, GateLearner) and config.compensate and choice.specs:
-        _fold(subject, pruner, progress.step)
-        _compensate(context, subject, masks, 0, norms=False)  # norms were trained with the stream as it is left
+        fold(subject.model, anatomy, {axis: pruner.kind.value(logits) for axis, logits in pruner.logits(progress.step).items()})
+        make_up(context, subject, masks, 0, norms=False)  # norms were trained with the stream as it is left
     made_by = _made_by(context, choice, rotation_error)
     plan = plan_from_masks(anatomy, target, masks, fingerprint, made_by)
     difference = _cut(context, subject, masks, plan, target)
@@ -148,80 +144,8 @@ def _made_by(context: Context, choice: Choice, rotation_error: float | None) -> 
     return found if rotation_error is None else found | {"rotated": config.rotate, "rotation_error": rotation_error}
 
 
-_APART = 2**31 - 1
-"""Number of the sequences that are not for scores."""
-
-
-class _Subject:
-    """The model that is pruned, training sequences to measure it on, in batches of two, and the scores of every unit on them."""
-
-    def __init__(self, context: Context, choice: Choice, model: nn.Module, around: Surroundings, shares: np.ndarray) -> None:
-        self._context, self._choice, self._around, self._shares = context, choice, around, shares
-        self.model, self.kept = model, Kept(choice.source, {})
-        self.measurements = 0
-        """How often scores were measured on sequences, over all tries of this stage; ..."""
-        self.compensations = 0
-        """... and how often what is kept was fitted on some."""
-        self._others = 0
-
-    def become(self, kept: Kept) -> None:
-        """Let the model be one of what is kept. Where that is another shape, its weights are any, until `fit` restores them."""
-        if kept.anatomy != self.kept.anatomy:
-            del self.model  # before the next is there
-            self.model = self._context.place(partial(_of_shape, self._context, kept, torch.float32))
-        self.kept = kept
-
-    @property
-    def sequences(self) -> int:
-        """Sequences that were used."""
-        config = self._context.recipe.prune
-        return self.measurements * self._choice.sequences(config) + self.compensations * _fitted_on(config) + self._others
-
-    def batches(self, sequences: int, number: int, what: str) -> list[Tensor]:
-        """Token ids of so many sequences, by the starting mixture; others for every `number`."""
-        context = self._context
-        context.show.note(f"{what} on {sequences} sequences")
-        loader = Loader(context.tokens, sequences, context.recipe.seed)
-        ids_BT = torch.from_numpy(loader.batch(number, self._shares, self._around.loader.start()).ids).to(context.device)
-        return [ids_BT[start : start + 2] for start in range(0, len(ids_BT), 2)]
-
-    def to_turn(self, sequences: int) -> list[Tensor]:
-        """The same, to turn the stream on."""
-        self._others += sequences
-        return self.batches(sequences, _APART, "turning the stream to its principal axes")
-
-    def to_fit(self, number: int) -> list[Tensor]:
-        """The same, to compensate cut number `number` on, counted from 0."""
-        self.compensations += 1
-        which = f", cut {number + 1}," if number else ""
-        return self.batches(_fitted_on(self._context.recipe.prune), _APART - number, f"fitting what is kept to what is gone{which}")
-
-    def measure(self, masks: Mapping[str, Tensor], number: int) -> Scores:
-        """Of the source's units by the recipe's scores, with these masks; less what fluctuates, where the method says so."""
-        context, choice = self._context, self._choice
-        sequences, which = choice.sequences(context.recipe.prune), f", measurement {number + 1}," if number else ""
-        self.measurements = number + 1
-        batches = self.batches(sequences, number, f"scoring every unit{which}") if sequences else []
-        weight = choice.allocation.fluctuation if choice.finds_shape else 0.0
-        if weight and len(batches) > 1:
-            return steadied([self._compute([batch], masks) for batch in batches], weight, masks)
-        return self._compute(batches, masks)
-
-    def _compute(self, batches: list[Tensor], masks: Mapping[str, Tensor]) -> Scores:
-        context, choice = self._context, self._choice
-        specs = {**choice.specs, **({"layer": choice.layers} if "layer" in choice.scores else {})}
-        seed, own_masks = context.recipe.seed, self.kept.narrow(masks)
-
-        def of_model(names: Mapping[str, str], specs: Mapping[str, GateSpec]) -> Scores:
-            anatomy, stop = self.kept.anatomy, context.check_stop
-            return scores.compute(names, self.model, anatomy, specs, context.losses, batches, context.world, stop, seed, own_masks)
-
-        with alike():
-            return self.kept.score(choice.scores, specs, of_model, seed)
-
-
 def _train(
-    context: Context, choice: Choice, subject: _Subject, around: Surroundings, progress: Progress, begun: bool
+    context: Context, choice: Choice, subject: Subject, around: Surroundings, progress: Progress, begun: bool
 ) -> tuple[GateLearner | StagedPruner, Progress]:
     """Train under gates or masks for all steps, or until the model is due to be sliced. `begun`: there is a checkpoint to go on from."""
     config, model = context.recipe.prune, subject.model
@@ -271,13 +195,7 @@ def _slice(context: Context, pruner: StagedPruner, around: Surroundings, step: i
     return Kept(pruner.source, pruner.masks)
 
 
-def _of_shape(context: Context, kept: Kept, dtype: torch.dtype) -> nn.Module:
-    """A stock model of what is kept, on the CPU, with any weights."""
-    model: nn.Module = stock_of(target_config(context.source.config, kept.source, kept.anatomy, kept.layers), dtype)
-    return model
-
-
-def _learner(context: Context, choice: Choice, attachment: Attachment, subject: _Subject, begun: bool) -> GateLearner:
+def _learner(context: Context, choice: Choice, attachment: Attachment, subject: Subject, begun: bool) -> GateLearner:
     config, seed = context.recipe.prune, context.recipe.seed
     gates = Gates(choice.specs).to(context.device)
     learner = GateLearner(gates, attachment, config.gates, steps=config.steps, warmup=round(config.warmup * config.steps), seed=seed)
@@ -286,7 +204,7 @@ def _learner(context: Context, choice: Choice, attachment: Attachment, subject: 
     return learner
 
 
-def _stager(context: Context, choice: Choice, attachment: Attachment, subject: _Subject, begun: bool) -> StagedPruner:
+def _stager(context: Context, choice: Choice, attachment: Attachment, subject: Subject, begun: bool) -> StagedPruner:
     config, source, rule = context.recipe.prune, choice.source, choice.allocation
     full = source.parameters()
 
@@ -306,7 +224,7 @@ def _stager(context: Context, choice: Choice, attachment: Attachment, subject: _
 
     def after_cut(masks: Masks, number: int) -> None:
         if config.compensate:
-            _compensate(context, subject, masks, number, norms=number == only and at[number] == 0)
+            make_up(context, subject, masks, number, norms=number == only and at[number] == 0)
 
     pruner = StagedPruner(
         source,
@@ -326,60 +244,7 @@ def _stager(context: Context, choice: Choice, attachment: Attachment, subject: _
     return pruner
 
 
-def _rotate(context: Context, subject: _Subject) -> float:
-    """Turn the stream to its principal axes; how far that is from the function as it was, relative to the logits."""
-    config, anatomy, model = context.recipe.prune, context.source.anatomy, subject.model
-    end = context.document_end
-    batches = subject.to_turn(config.gates.calibration_sequences)
-    covariance_DD = stream_covariance(model, anatomy, batches, between=context.check_stop, document_end=end)
-    if config.rotate == "untied" or not anatomy.flags["tie_word_embeddings"]:
-        rotate(model, anatomy, principal_rotation(covariance_DD), untie=True)
-        return 0.0
-    last_DD = stream_covariance(model, anatomy, batches, norms_of(anatomy)[-1:], context.check_stop, end)
-    rotation_DD, fitted = tied_rotation(model, anatomy, covariance_DD, last_DD)
-    rotate(model, anatomy, rotation_DD, final_norm_D=fitted.weight_D)
-    return fitted.error
-
-
-def _fitted_on(config: PruneConfig) -> int:
-    """Sequences on which one cut compensates."""
-    return config.compensate // config.cuts
-
-
-@torch.no_grad()
-def _fold(subject: _Subject, learner: GateLearner, step: int) -> None:
-    """Multiply what heads and neurons enter by their gates, which hardening would set to 0 or 1, so that a fit sees what was trained."""
-    gates, anatomy = {axis: learner.kind.value(logits) for axis, logits in learner.logits(step).items()}, subject.kept.anatomy
-    anchors = anatomy.family.anchors
-    for name, pattern in anatomy.tensors().items():
-        if name.endswith((f"{anchors.attention_output}.weight", f"{anchors.mlp_output}.weight")):
-            weight = subject.model.get_parameter(name)
-            weight.mul_(openness(parse_pattern(pattern)[-1], anatomy.sizes, gates, anatomy.layer_of(name)).to(weight))
-
-
-def _compensate(context: Context, subject: _Subject, masks: Mapping[str, Tensor], number: int, norms: bool) -> None:
-    """Put weights in the place of those of norms and output projections, so that what is kept stands in for what is closed.
-
-    The columns of what is closed become zero, so the next cut makes up for what it closes alone.
-
-    Args:
-        context: of the run.
-        subject: has the model, without masks on it.
-        masks: of the source's units.
-        number: of the cut, from 0.
-        norms: whether norms are fitted to the narrower stream: once, while the model still has the whole one.
-    """
-    model, anatomy, masks = subject.model, subject.kept.anatomy, subject.kept.narrow(masks)
-    batches, stop, end = subject.to_fit(number), context.check_stop, context.document_end
-    fitted = fit_norms(model, anatomy, masks["hidden"], batches, stop, end) if norms and "hidden" in masks else {}
-    with torch.no_grad():
-        for name, weight in fitted.items():
-            model.get_parameter(name).copy_(weight)
-        for name, weight in compensate(model, anatomy, masks, batches, stop=stop, document_end=end).items():
-            model.get_parameter(name).copy_(weight)
-
-
-def _cut(context: Context, subject: _Subject, masks: Mapping[str, Tensor], plan: PrunePlan, target: Anatomy) -> dict[str, float]:
+def _cut(context: Context, subject: Subject, masks: Mapping[str, Tensor], plan: PrunePlan, target: Anatomy) -> dict[str, float]:
     """Write `pruned/` and `plan.json` from the trained weights, and publish only what computes what the gated model does.
 
     `masks` and `plan` are of the source's units; what is cut is what slicing has left in the model.
@@ -403,7 +268,7 @@ def _cut(context: Context, subject: _Subject, masks: Mapping[str, Tensor], plan:
         def exact() -> Difference:
             context.show.note(f"logits differ by {difference.relative_difference:.1g} of their range in fp32: comparing in fp64")
             whole = context.world.size == 1
-            gated = model if whole else _of_shape(context, kept, torch.bfloat16).to(context.device)
+            gated = model if whole else of_shape(context, kept, torch.bfloat16).to(context.device)
             closer = compare_in_float64(gated, anatomy, masks, reader, cut, ids, end)
             found["relative_difference_float64"] = closer.relative_difference
             return closer

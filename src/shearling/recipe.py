@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field, model_validator
 
+from shearling.budget import filled
 from shearling.config import Config, override, parse, read_yaml
 from shearling.data.config import DataConfig
 from shearling.data.mixture_config import MixtureConfig
@@ -110,6 +111,9 @@ class Recipe(Config):
     """A Hugging Face directory, a hub id, or a GGUF file."""
     target: Target | None = None
     """The shape to shear to; left out, nothing is pruned and the source is trained further."""
+    tokens: Count | None = None
+    """What pruning and recovery may spend in all: what `prune` and `train` leave out of method, steps, rates, batch and distillation then
+    follows from it, see docs/recipes.md; left out, they have their own defaults."""
     data: DataConfig
     """Text by domain."""
     mixture: MixtureConfig = MixtureConfig()
@@ -179,7 +183,7 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
         values, base, where = dict(recipe), Path.cwd(), "recipe"
     else:
         values, base, where = read_yaml(recipe), Path(recipe).resolve().parent, str(recipe)
-    parsed = parse(Recipe, override(values, overrides), where)
+    parsed = parse(Recipe, filled(override(values, overrides)), where)
     overridden = {assignment.partition("=")[0].strip() for assignment in overrides}
 
     def start(field: str) -> Path:

@@ -15,7 +15,7 @@ from shearling.arch.families import Anatomy, anatomy_of
 from shearling.errors import NumericsError
 from shearling.io.tensors import MemoryReader
 from shearling.prune.attach import Attachment
-from shearling.prune.compensate import Aim, _best_penalty, compensate
+from shearling.prune.compensate import Aim, _best_penalty, compensate, fold
 from shearling.prune.gates import Gates, gate_specs
 from shearling.prune.plan import plan_from_masks
 from shearling.prune.transform import transform
@@ -356,3 +356,35 @@ def test_what_is_wrong_is_refused() -> None:
         compensate(model, anatomy, some_masks(anatomy, {"neuron": 20}), BATCHES)
     with pytest.raises(ValueError, match="unknown aim"):
         compensate(model, anatomy, {}, BATCHES, aim="sauce")  # type: ignore[arg-type]
+
+
+def test_folded_gates_are_the_gated_model() -> None:
+    """Output projections multiplied by the gates of heads and neurons, and no gates on those, give what the gated model gives."""
+    model, anatomy = source("llama")
+    gates = {axis: torch.rand(spec.shape, generator=GENERATOR) for axis, spec in gate_specs(anatomy, anatomy.with_sizes(**SIZES)).items()}
+    outer = {axis: gate for axis, gate in gates.items() if axis in ("layer", "hidden")}
+    placed = {axis: gate.double() for axis, gate in gates.items()}
+    expected = masked_logits(model, anatomy, placed, BATCHES[0])
+    apart = masked_logits(model, anatomy, {axis: placed[axis] for axis in outer}, BATCHES[0])
+    fold(model, anatomy, gates)
+    found = masked_logits(model, anatomy, {axis: placed[axis] for axis in outer}, BATCHES[0])
+    assert (apart - expected).abs().max() > 0.1
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+
+
+@torch.no_grad()
+def test_a_second_cut_makes_up_for_what_it_closes_and_no_more() -> None:
+    """The first cut's columns are zero and stay so; with nothing closed anew nothing is fitted, though the weights changed since."""
+    model, anatomy = source("llama")
+    first = some_masks(anatomy, {"neuron": 24})
+    for name, weight in compensate(model, anatomy, first, BATCHES).items():
+        model.get_parameter(name).copy_(weight)
+    for parameter in model.parameters():
+        parameter.mul_(1.01)
+    assert compensate(model, anatomy, first, BATCHES) == {}
+    second = {"neuron": first["neuron"].clone()}
+    for row in second["neuron"]:
+        row[int(row.nonzero()[0])] = 0
+    before = model.get_parameter("model.layers.1.mlp.down_proj.weight").clone()
+    found = compensate(model, anatomy, second, BATCHES)["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal((found != 0).any(0), second["neuron"][1].gt(0)) and not torch.equal(found, before)

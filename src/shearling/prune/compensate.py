@@ -36,7 +36,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from shearling.arch.axes import open_positions, parse_pattern
+from shearling.arch.axes import open_positions, openness, parse_pattern
 from shearling.arch.families import Anatomy
 from shearling.errors import NumericsError
 from shearling.inputs import model_inputs
@@ -136,6 +136,20 @@ def compensate(
                     put(name, found[full_name])
                 streams_BTD = [_run(block, x, call[layer], stop) for x, call in zip(streams_BTD, calls, strict=True)]
     return found
+
+
+@torch.no_grad()
+def fold(model: nn.Module, anatomy: Anatomy, gates: Mapping[str, Tensor]) -> None:
+    """Multiply the output projections' columns by the gates of the heads and neurons that enter them, in place.
+
+    Gates that were learned are then on the weights, where a fit of what is kept sees what was trained; hardening would set them to 0 or
+    1. `gates`: {axis: tensor of the gates' shape}; those of blocks and of the stream stay as they are.
+    """
+    names = tuple(f"{name}.weight" for name in (anatomy.family.anchors.attention_output, anatomy.family.anchors.mlp_output))
+    for name, pattern in anatomy.tensors().items():
+        if name.endswith(names):
+            weight = model.get_parameter(name)
+            weight.mul_(openness(parse_pattern(pattern)[-1], anatomy.sizes, gates, anatomy.layer_of(name)).to(weight))
 
 
 class _Moments:
