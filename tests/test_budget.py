@@ -86,6 +86,7 @@ def test_what_a_recipe_says_stays() -> None:
     assert found["train"]["steps"] == (100_000 - (7 * 2 + 32) * 100) // 400
     alone = {"tokens": 100_000, "data": {"sequence_length": 100}, "train": {"steps": 3}}
     assert "prune" not in filled(alone) and filled(alone)["train"]["steps"] == 3
+    assert "distill" not in filled(alone)["train"]  # a source has nothing to learn from itself
 
 
 @pytest.mark.parametrize("values", [{}, {"tokens": "many"}, {"tokens": 5, "data": []}, {"tokens": 5, "data": {"sequence_length": "x"}}])

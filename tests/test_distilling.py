@@ -141,3 +141,14 @@ def test_a_teacher_of_other_tokens_is_refused(sources: Callable[[str], Path], do
     values["prune"]["distill"] = None
     with pytest.raises(ConfigError, match="nothing learns from it"):
         shearling.run(values, tmp_path / "run")
+
+
+def test_target_and_tokens_are_a_whole_recipe(sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    """The default: one cut that compensates, recovered from text and source with all tokens that are left; run twice it is the same run."""
+    values = recipe_values(sources("llama"), domains, target={"parameters": 0.7}, evaluate={"speed": False})
+    values = {key: value for key, value in values.items() if key not in ("prune", "train")} | {"tokens": 20_000}
+    report = shearling.run(values, tmp_path / "run")
+    assert 20_000 - 32 * 8 < sum(report["tokens"].values()) <= 20_000 and report["tokens"]["prune"] <= 3_000
+    first = next(line for line in metrics(tmp_path / "run") if line["stage"] == "train" and line["step"] == 1)
+    assert set(first["terms"]) == {"text", "logits"}
+    assert shearling.run(values, tmp_path / "run") == report

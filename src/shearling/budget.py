@@ -116,7 +116,7 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
         batch = _power_of_two(min(left // (STEPS * length), MOST_SEQUENCES))
     steps = max(1, left // (batch * length))
     own: dict[str, Any] = {"steps": steps, "batch_size": batch, "microbatches": max(1, batch // IN_A_PASS), "learning_rate": 3e-4}
-    own |= {"evaluate_every": max(1, steps // 4), "distill": {"text": 1.0, "logits": 1.0}}
+    own |= {"evaluate_every": max(1, steps // 4)} | ({"distill": {"text": 1.0, "logits": 1.0}} if target else {})
     found["train"] = {**own, **train}
     return found
 
