@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from shearling.budget import compensated_on, filled, settings
+from shearling.budget import compensated_on, settings
+from shearling.budget import filled as filled_for
 
 AS_COMPARED = {
     "sheared-llama": ("prune.steps=30",),
@@ -15,6 +16,10 @@ AS_COMPARED = {
     "taylor": ("prune.steps=0",),
     "from-scratch": ("prune.steps=0",),
 }
+
+
+def filled(values: dict[str, Any], hidden: int = 576) -> dict[str, Any]:
+    return filled_for(values, lambda: hidden)
 
 
 def values(method: str, tokens: int, batch_tokens: int = 1024, sequence_length: int = 128) -> dict[str, str]:
@@ -75,7 +80,10 @@ def test_a_recipe_of_tokens_alone_is_filled_and_adds_up() -> None:
         step = train["batch_size"] * 128
         assert spent <= 0.15 * tokens and tokens - step < spent + train["steps"] * step <= tokens
         assert train["batch_size"] % train["microbatches"] == 0
+        assert train["learning_rate"] == 6e-4
     assert prune["method"] == "llm-pruner-global" and train["batch_size"] == 256
+    wide = filled({"tokens": 10**6, "target": {"parameters": 0.5}, "data": {}}, hidden=4096)
+    assert wide["train"]["learning_rate"] == 8.4e-5  # near the paper's 1e-4
     assert filled({"tokens": 10**5, "target": {"hidden_size": 32}, "data": {}})["prune"]["method"] == "taylor"
 
 

@@ -152,3 +152,24 @@ def test_target_and_tokens_are_a_whole_recipe(sources: Callable[[str], Path], do
     first = next(line for line in metrics(tmp_path / "run") if line["stage"] == "train" and line["step"] == 1)
     assert set(first["terms"]) == {"text", "logits"}
     assert shearling.run(values, tmp_path / "run") == report
+
+
+def test_two_processes_share_a_cache_with_one(sources: Callable[[str], Path], domains: dict[str, str], tmp_path: Path) -> None:
+    """One that has all it needs still computes along with one that has not; what they cached serves a process alone."""
+    learnt = {"distill": {"top_k": 4, "cache": str(tmp_path / "cache")}}
+    values = values_of(sources("llama"), domains, train=learnt, runtime={"precision": "float32"})
+    values["prune"]["distill"] = None
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(json.dumps(values))
+    both = Ranks(["run", str(recipe), "--out", str(tmp_path / "two")], tmp_path / "ranks")
+    assert both.codes() == [0, 0], both.text()
+    (folder,) = (tmp_path / "cache").iterdir()
+    held = contents(folder)
+    assert len(held) == 2
+    first = next(iter(held))
+    (folder / first).unlink()  # so that some sequences are missing, and others are not
+    half = Ranks(["run", str(recipe), "--out", str(tmp_path / "half")], tmp_path / "ranks2")
+    assert half.codes() == [0, 0], half.text()
+    assert command(["run", str(recipe), "--out", str(tmp_path / "one")], tmp_path / "one.txt") == 0, (tmp_path / "one.txt").read_text()
+    losses = [[line["loss"] for line in metrics(tmp_path / name) if line["step"]] for name in ("two", "half", "one")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6) and losses[2] == pytest.approx(losses[0], rel=1e-6)

@@ -8,7 +8,7 @@ chosen once and not tuned. A cap stands where a paper says how much is enough.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from shearling.prune.config import LEARNED, LEAST_FITTED, GateConfig
@@ -81,13 +81,16 @@ MOST_SEQUENCES = 256
 """Sequences of a step of recovery, at most: the paper's."""
 STEPS = 85
 """Steps of recovery below which a step has fewer sequences."""
+RATE, WIDTH = 6e-4, 576
+"""Peak learning rate of recovery, at this hidden size of the source; at others inversely as large (Yang et al., arXiv 2203.03466)."""
 IN_A_PASS = 8
 """Sequences of a microbatch."""
 
 
-def filled(values: Mapping[str, Any]) -> dict[str, Any]:
+def filled(values: Mapping[str, Any], hidden: Callable[[], int]) -> dict[str, Any]:
     """Plain values of a recipe in which what `tokens` decides is given, wherever the recipe left it out; docs/recipes.md has the reasons.
 
+    `hidden`: gives the source's hidden size, on which the learning rate hangs; asked only where that is left out.
     Without `tokens`, and where sections are no mappings (which is for others to complain of), the values as they are.
     """
     tokens, data = values.get("tokens"), values.get("data")
@@ -115,7 +118,8 @@ def filled(values: Mapping[str, Any]) -> dict[str, Any]:
     if type(batch) is not int or batch < 1:
         batch = _power_of_two(min(left // (STEPS * length), MOST_SEQUENCES))
     steps = max(1, left // (batch * length))
-    own: dict[str, Any] = {"steps": steps, "batch_size": batch, "microbatches": max(1, batch // IN_A_PASS), "learning_rate": 3e-4}
+    own: dict[str, Any] = {"steps": steps, "batch_size": batch, "microbatches": max(1, batch // IN_A_PASS)}
+    own |= {} if "learning_rate" in train else {"learning_rate": float(f"{RATE * WIDTH / hidden():.1e}")}
     own |= {"evaluate_every": max(1, steps // 4)} | ({"distill": {"text": 1.0, "logits": 1.0}} if target else {})
     found["train"] = {**own, **train}
     return found

@@ -17,6 +17,7 @@ from shearling.data.mixture_config import MixtureConfig
 from shearling.data.remote import is_url
 from shearling.prune.config import LEARNED, LEAST_FITTED, AllocationConfig, GateConfig
 from shearling.shapes import Target
+from shearling.sources import open_source
 from shearling.train.config import Count, Fraction, RuntimeConfig, StageConfig, TeacherConfig, TrainConfig
 
 
@@ -183,7 +184,6 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
         values, base, where = dict(recipe), Path.cwd(), "recipe"
     else:
         values, base, where = read_yaml(recipe), Path(recipe).resolve().parent, str(recipe)
-    parsed = parse(Recipe, filled(override(values, overrides)), where)
     overridden = {assignment.partition("=")[0].strip() for assignment in overrides}
 
     def start(field: str) -> Path:
@@ -193,6 +193,8 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] = ()) -> Recipe:
         path = start(field) / Path(model).expanduser()
         return str(path.absolute()) if path.exists() or model.startswith((".", "/", "~")) else model
 
+    given = override(values, overrides)
+    parsed = parse(Recipe, filled(given, lambda: open_source(opened(str(given.get("source")), "source")).anatomy.sizes["hidden"]), where)
     places = {name: getattr(parsed.data, name) for name in ("prepared", "cache") if f"data.{name}" in overridden}
     here = {name: str(Path.cwd() / Path(place).expanduser()) for name, place in places.items() if place and not is_url(place)}
     data = parsed.data.model_copy(update=here).resolved(Path.cwd() if "data.root" in overridden else base)

@@ -179,10 +179,18 @@ def own_text(model: Any, rows: int, tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("start", ["scores", "constant"])
 def test_useless_units_are_the_ones_that_close(config: GateConfig, start: str) -> None:
     """A model of which some neurons and heads write nothing: from its scores they go, and no other; from gates all alike, too, but for
-    a few that are taken for neurons that do next to nothing (at random 29 of the 48 would be kept)."""
+    a few that are taken for neurons that do next to nothing (at random 29 of the 48 would be kept). From gates all alike that is the
+    median of five models: which neurons do next to nothing hangs on the last digits, and in one of them a dozen are mistaken."""
+    found = [kept_in_error(config, start, seed) for seed in (range(5) if start == "constant" else range(1))]
+    assert all(wrong["query"] == 0 for wrong in found), found
+    assert sorted(wrong["neuron"] for wrong in found)[len(found) // 2] <= (4 if start == "constant" else 0), found
+
+
+def kept_in_error(config: GateConfig, start: str, seed: int) -> dict[str, int]:
+    """How many units that write nothing are kept in the place of some that do, by axis."""
     source = anatomy_of(tiny_config("llama").to_dict())
     specs = gate_specs(source, source.with_sizes(query=1, neuron=24))
-    model, generator = tiny_model("llama").requires_grad_(False), torch.Generator().manual_seed(0)
+    model, generator = tiny_model("llama").requires_grad_(False), torch.Generator().manual_seed(seed)
     useful = {axis: torch.zeros(spec.shape) for axis, spec in specs.items()}
     for axis, spec in specs.items():
         useful[axis].scatter_(-1, torch.rand(spec.shape, generator=generator).topk(spec.target, dim=-1).indices, 1.0)
@@ -201,8 +209,7 @@ def test_useless_units_are_the_ones_that_close(config: GateConfig, start: str) -
             learner.draw(step, 0)
             token_losses(model, ids[torch.randint(0, 256, (64,), generator=generator)]).mean().backward()
             learner.update(step)
-    wrong = {axis: int((mask - useful[axis]).abs().sum()) // 2 for axis, mask in gates.hardened().items()}
-    assert wrong["query"] == 0 and wrong["neuron"] <= (4 if start == "constant" else 0), wrong
+    return {axis: int((mask - useful[axis]).abs().sum()) // 2 for axis, mask in gates.hardened().items()}
 
 
 def test_every_kind_of_the_recipe_has_its_functions() -> None:
