@@ -223,3 +223,15 @@ def test_blocks_that_stay_alike_are_not_protected() -> None:
     blocks = chosen(source, {"parameters": 0.7}, method="llm-pruner-global", shape="uniform", axes=["layer", "hidden"], **protected)
     assert blocks.uniform and set(blocks.specs) == {"layer", "hidden"}
     assert not chosen(source, {"parameters": 0.7}, method="llm-pruner-global", **protected).uniform
+
+
+def test_a_size_that_is_null_is_left_out() -> None:
+    """As in the recipe that a run writes down, which has every field: it gives the shape that the run's own recipe gave."""
+    source = anatomy_of(tiny_config("llama", heads=12, groups=3, layers=6, hidden=96, neurons=160).to_dict())
+    bare = Target(parameters=0.5)
+    whole = Target(**bare.model_dump())
+    axes = ("layer", "hidden", "group", "query", "neuron")
+    budget = budget_of(source, bare)
+    assert uniform_shape(source, bare.model_copy(update={"parameters": budget}), axes) == uniform_shape(
+        source, whole.model_copy(update={"parameters": budget}), axes
+    )

@@ -136,7 +136,7 @@ _SHARES = 256
 
 def _scaled(source: Anatomy, target: Target, axes: Collection[str], share: float) -> Anatomy | None:
     """Every size that is not given scaled, made feasible; None where that would touch what is given or not among `axes`."""
-    have, heads_given = shape_of(source), {"num_attention_heads", "num_key_value_heads"} & target.model_fields_set
+    have, heads_given = shape_of(source), target.num_attention_heads is not None or target.num_key_value_heads is not None
     scaled = {_FIELD_OF[axis] for axis in axes}
     wanted = {field: max(1, round(size * share)) if field in scaled else size for field, size in have.items() if field in SIZES}
     groups, query = source.sizes["group"], source.sizes["query"]
